@@ -1,0 +1,7 @@
+"""`python -m dynroute`."""
+
+import sys
+
+from dynroute.cli import main
+
+sys.exit(main())

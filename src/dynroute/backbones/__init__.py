@@ -1,0 +1,18 @@
+"""Backbones: stem, units, head. One new file and one new row in BACKBONES add a net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from dynroute.backbones.base import Backbone, BackboneOptions
+from dynroute.backbones.resnet_cifar import CifarResNet
+from dynroute.data import DataSpec
+
+MakeBackbone = Callable[[DataSpec, BackboneOptions], Backbone]  # options resolved
+
+BACKBONES: dict[str, MakeBackbone] = {
+    f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)
+}
+
+__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "CifarResNet", "MakeBackbone"]

@@ -1,0 +1,86 @@
+"""What every backbone offers: stem, units, head, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from dynroute.contracts import InputError, UnitSpec
+from dynroute.cost import CostTerms
+from dynroute.units import UNITS, Unit
+
+USUAL_PARTS = {"channels": 4, "paths": 2}
+
+
+@dataclass
+class BackboneOptions:
+    """The `backbone` section of a configuration."""
+
+    name: str = "resnet8"
+    """Which net; `dynroute list backbones` names them."""
+    weights: str | None = None
+    """Start from these weights: a run folder, a checkpoint of dynroute, or a plain state dict of the dense net."""
+    unit: str = "auto"
+    """How a block is cut: channels (nested groups), paths (sub-blocks), or auto (what the router needs)."""
+    parts: int = 0
+    """Parts a block is cut into; 0: 4 groups of channels (RNP), or 2 sub-blocks (DMNN)."""
+    width: int = 16
+    """Channels of the first stage; later stages double it."""
+    shortcut: str = "A"
+    """Shortcut where shapes change: A (subsample and zero-pad, no cost) or B (1x1 projection)."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError on the first value out of range."""
+        if self.unit != "auto" and self.unit not in UNITS:
+            raise InputError(f"backbone.unit must be auto, {' or '.join(UNITS)}, not {self.unit!r}")
+        if self.shortcut not in ("A", "B"):
+            raise InputError(f"backbone.shortcut must be A or B, not {self.shortcut!r}")
+        if not 1 <= self.width <= 4096:
+            raise InputError(f"backbone.width must lie between 1 and 4096, not {self.width}")
+        if not 0 <= self.parts <= self.width:
+            raise InputError(f"backbone.parts must lie between 0 and backbone.width = {self.width}, not {self.parts}")
+
+    def resolved(self, needed: str) -> BackboneOptions:
+        """The same with nothing left to choose; needed: the unit form of the method, "any" where all will do."""
+        unit = self.unit if self.unit != "auto" else {"any": "channels"}.get(needed, needed)
+        return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width))
+
+
+class Backbone(nn.Module):
+    """stem -> units -> head. Subclasses build these three and set the two costs.
+
+    fixed_macs: stem and head. dense_macs: the plain static net, reference of every share (not always the sum of all
+    parts: enlarged sub-blocks cost more than the block they came from).
+    """
+
+    stem: nn.Module
+    head: nn.Module
+    fixed_macs: float
+    dense_macs: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units: nn.ModuleList = nn.ModuleList()
+
+    @property
+    def specs(self) -> list[UnitSpec]:
+        """What routers may know of the units."""
+        return [unit.spec for unit in self.routable]
+
+    @property
+    def routable(self) -> list[Unit]:
+        """The units, typed."""
+        return [unit for unit in self.units if isinstance(unit, Unit)]
+
+    def terms(self) -> list[CostTerms]:
+        """The cost of each unit."""
+        return [unit.cost_terms() for unit in self.routable]
+
+    def load_dense(self, state: dict[str, Tensor]) -> None:
+        """Take over the weights of the plain dense net. Raises InputError where names or shapes do not fit."""
+        raise InputError(f"{type(self).__name__} cannot import weights of a plain net")
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The plain dense net's state dict, to be taken over by another form of it. Raises InputError where there is none."""
+        raise InputError(f"{type(self).__name__} in this form has no plain dense net to start from")

@@ -1,0 +1,37 @@
+"""What `dynroute list` names: methods, nets, data sets, the papers' tables, and the experiments at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dynroute import plugins, report
+from dynroute.contracts import InputError
+
+KINDS = {"routers": "router", "backbones": "backbone", "datasets": "dataset"}
+EXPERIMENTS = Path("experiments")
+
+
+def listing(kind: str | None = None) -> dict[str, dict[str, str]]:
+    """Names with a sentence each, by kind; all kinds if none is given."""
+    out: dict[str, dict[str, str]] = {}
+    for plural, singular in KINDS.items():
+        out[plural] = {name: _sentence(plugins.find(singular, name)) for name in plugins.names(singular)}
+    out["papers"] = report.paper_tables()
+    out["experiments"] = {str(path): _first_comment(path) for path in sorted(EXPERIMENTS.glob("*/*.yaml"))}
+    return {kind: out[kind]} if kind else out
+
+
+def _sentence(entry: Any) -> str:
+    """The first sentence of an entry's docstring; a method's is its router's."""
+    entry = getattr(entry, "router", entry)
+    entry = getattr(entry, "func", entry)
+    return (entry.__doc__ or "").strip().split("\n")[0]
+
+
+def _first_comment(path: Path) -> str:
+    try:
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

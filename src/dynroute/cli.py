@@ -1,0 +1,305 @@
+"""The command line: parses, calls, prints. No logic, and torch is imported only inside the commands that need it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dynroute import __version__
+from dynroute.contracts import InputError
+
+if TYPE_CHECKING:
+    from dynroute.fit import Step
+
+USAGE_ERROR = typer.BadParameter.__bases__[0]  # click's UsageError, which newer Typers carry inside
+MISSED = 3  # exit status where a FLOPs target was not reached
+app = typer.Typer(
+    name="dynroute",
+    help="Train, evaluate and compare image classifiers that choose, per image, which parts of themselves to run.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+
+class Split(StrEnum):
+    """Splits that may be evaluated."""
+
+    test = "test"
+    calib = "calib"
+
+
+class Checkpoint(StrEnum):
+    """Checkpoints that may be evaluated."""
+
+    last = "last"
+    best = "best"
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    routers = "routers"
+    backbones = "backbones"
+    datasets = "datasets"
+    papers = "papers"
+    experiments = "experiments"
+
+
+class TrainCommand(typer.core.TyperCommand):
+    """`train`, whose --help also explains every configuration key."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Append the keys; imported here because it needs the options dataclasses, and with them torch."""
+        from dynroute.config import describe_fields
+
+        formatter.write("\n" + describe_fields() + "\n")
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Train, evaluate and compare image classifiers that choose, per image, which parts of themselves to run."""
+    if version:
+        print(f"dynroute {__version__}")
+        raise typer.Exit
+
+
+@app.command(cls=TrainCommand)
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Configuration keys.")] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of configuration keys.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/NAME].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder to the same result.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole configuration and exit.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build data and net, print their size, do not train.")] = False,
+) -> None:
+    """Train a router; with nothing else, DMNN on the embedded shapes data in about a minute."""
+    from dynroute import runs
+    from dynroute.config import CONFIG_FILE, load_config
+
+    if resume and not config and not overrides and out:
+        config = out / CONFIG_FILE
+    settings = load_config(config, overrides)
+    if print_config:
+        print(settings.yaml(comments=True), end="")
+        return
+    folder = out or Path("runs") / settings.name
+    if dry_run:
+        net = runs.check(settings)
+        print_inspection(runs.inspect(settings, net))
+        return
+    print(f"training {settings.router_name} on {settings.data.name}, into {folder}")
+    with Progress() as progress:
+        runs.train(settings, folder, resume=resume, listener=progress.hear)
+    print(f"done: dynroute eval {folder} --flops-target 0.5")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder of a trained net.")],
+    flops_target: Annotated[
+        list[float] | None,
+        typer.Option("--flops-target", metavar="X", help="Share of the dense net's multiply-adds, 0 < X <= 1; repeatable."),
+    ] = None,
+    split: Annotated[Split, typer.Option("--split", help="Which split the row is about.")] = Split.test,
+    timed: Annotated[bool, typer.Option("--latency", help="Also measure milliseconds per image at batch 1.")] = False,
+    checkpoint: Annotated[
+        Checkpoint, typer.Option("--checkpoint", help="last: end of the schedule; best: by accuracy on calibration.")
+    ] = Checkpoint.last,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run, at its trained point or at FLOPs targets fitted on the calibration split (exit status 3 if missed)."""
+    targets: list[float | None] = list(flops_target or [None])
+    for target in targets:
+        if target is not None and not 0 < target <= 1:
+            raise InputError(f"--flops-target is a share of the dense net's multiply-adds, 0 < X <= 1, not {target}")
+    from dynroute import runs
+    from dynroute.records import as_dict
+
+    evaluator = runs.Evaluator.of(run, checkpoint.value)
+    results = [evaluator.measure(target, split.value, timed) for target in targets]
+    if as_json:
+        print(json.dumps({"rows": [as_dict(r.row) for r in results]}, indent=2))
+    else:
+        print_results(results)
+    missed = [r for r in results if r.missed]
+    for r in missed:
+        low, high = r.reachable or (0.0, 1.0)
+        line = f"target {r.row.flops_target} missed: reached {r.row.macs_share:.3f} on {r.row.split}"
+        print(f"{line}; this net reaches {low:.3f} to {high:.3f}", file=sys.stderr)
+    if missed:
+        raise typer.Exit(MISSED)
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run folders, folders of CSVs, or eval CSVs.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for tables, plots and page.")] = Path("comparison"),
+    paper: Annotated[
+        list[str] | None,
+        typer.Option("--paper", metavar="TABLE", help="Set a paper's reported rows beside the runs; repeatable, or all."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put runs into one table and plot; reads their CSV files alone."""
+    if not paths and not paper:
+        raise InputError("nothing to compare: name runs, or --paper TABLE")
+    from rich.console import Console
+
+    from dynroute import report
+
+    comparison = report.compare(paths or [], out, paper or [])
+    if as_json:
+        rows = json.loads(comparison.table.to_json(orient="records"))
+        left = [{"path": str(path), "reason": reason} for path, reason in comparison.left_out]
+        papers = [table._asdict() for table in comparison.papers]
+        files = [str(f) for f in comparison.files]
+        print(json.dumps({"rows": rows, "papers": papers, "left_out": left, "files": files}, indent=2))
+        return
+    width = None if sys.stdout.isatty() else 200
+    console = Console(width=width)
+    if len(comparison.table):
+        console.print(report.to_rich(comparison.table))
+    for table in comparison.papers:
+        console.print(report.papers.to_rich(table))
+    for path, reason in comparison.left_out:
+        print(f"left out: {path}: {reason}", file=sys.stderr)
+    for path in comparison.files:
+        print(path)
+
+
+@app.command("inspect")
+def inspect_command(
+    source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file or a run folder.")],
+    as_json: Json = False,
+) -> None:
+    """Parameters, multiply-adds per unit, cheapest and dearest route. Needs no data where a run tells what it saw."""
+    from dynroute import runs
+
+    info = runs.inspect_path(source)
+    if as_json:
+        print(json.dumps(info, indent=2))
+    else:
+        print_inspection(info)
+
+
+@app.command("list")
+def list_command(
+    kind: Annotated[Kind | None, typer.Argument(help="What to list [default: everything].")] = None, as_json: Json = False
+) -> None:
+    """Name the routers, backbones, data sets, papers' tables and experiments there are."""
+    from dynroute import catalogue
+
+    found = catalogue.listing(kind.value if kind else None)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, entries in found.items():
+        print(f"{name}:")
+        for entry, sentence in entries.items():
+            print(f"  {entry:<14} {sentence}".rstrip())
+
+
+class Progress:
+    """Rich bars on a terminal; elsewhere a plain line for each epoch."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stdout.isatty():
+            from rich import progress
+
+            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TextColumn("{task.fields[loss]}"))
+            self.bar = progress.Progress(*columns, progress.TimeRemainingColumn(), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=None, loss="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def hear(self, step: Step) -> None:
+        """A minibatch is done; a row ends an epoch."""
+        name = f"{step.phase} {step.epoch}/{step.epochs}"
+        if self.bar:
+            done, total = (step.epoch - 1) * step.steps + step.step, step.epochs * step.steps
+            self.bar.update(self.task, description=name, completed=done, total=total, loss=f"loss {step.loss:.3f}")
+        if step.row:
+            say = self.bar.console.print if self.bar else print
+            row = step.row
+            routed = f"share {row['calib_share']:.3f}, {row['calib_routes']} routes"
+            say(f"{name}: loss {row['loss']:.3f}, calibration top-1 {row['calib_top1']:.3f}, {routed}, {row['images_per_s']:.0f} img/s")
+            sys.stdout.flush()
+
+
+def print_results(results: list[Any]) -> None:
+    """Evaluated rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    heads = ("target", "FLOPs (multiply-adds)", "share", "on calib", "p5-p95", "router", "top-1 %", "top-5 %", "routes", "n")
+    table = Table(title=f"{results[0].row.run} ({results[0].row.split})")
+    timed = results[0].row.latency_ms_p50 is not None
+    for head in (*heads, *(("ms/image", "speed-up") if timed else ())):
+        table.add_column(head, justify="right", no_wrap=True)
+    for r in results:
+        row = r.row
+        cells = [
+            "trained" if row.flops_target is None else f"{row.flops_target:.2f}",
+            f"{row.macs_mean / 1e6:.2f} M",
+            f"{row.macs_share:.3f}{' missed' if r.missed else ''}",
+            "" if row.share_calib is None else f"{row.share_calib:.3f}",
+            f"{row.macs_p5 / 1e6:.2f}-{row.macs_p95 / 1e6:.2f} M",
+            f"{100 * row.router_share:.2f} %",
+            f"{100 * row.top1:.2f}",
+            f"{100 * row.top5:.2f}",
+            str(row.routes),
+            str(row.n),
+        ]
+        table.add_row(*cells, *([f"{row.latency_ms_p50:.2f}", f"{row.speedup:.2f}x"] if timed else []))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_inspection(info: dict[str, Any]) -> None:
+    """A net's size and cost as lines."""
+    print(f"{info['name']}: {info['method']} on {info['backbone']}, {info['dataset']}")
+    print(f"parameters            {info['params']:,} (router {info['params_router']:,})")
+    print(f"FLOPs (multiply-adds) dense {info['macs_dense']:,.0f}; stem and head {info['macs_fixed']:,.0f}")
+    print(f"router                {info['macs_router']:,.0f} ({100 * info['macs_router'] / info['macs_dense']:.2f} % of dense)")
+    print(f"share                 cheapest route {info['share_cheapest']:.3f}, dearest {info['share_dearest']:.3f}")
+    print(f"{'unit':<12} {'form':<8} {'parts':>5} {'multiply-adds':>14} {'parameters':>11}")
+    for u in info["units"]:
+        print(f"{u['name']:<12} {u['form']:<8} {u['parts']:>5} {u['macs']:>14,.0f} {u['params']:>11,}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Input errors are one line on stderr and status 2."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except USAGE_ERROR as error:
+        return _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    except InputError as error:
+        return _fail(" ".join(str(error).split()), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped; `dynroute train ... --resume` goes on from the last finished epoch", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "Diverged":  # named, so that torch is not imported to say it
+            raise
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"dynroute: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,87 @@
+"""The shared vocabulary of every room. Imports nothing of this package.
+
+Letters, used as suffixes of tensor names in all files:
+    B images   U routable units   G parts of a unit   A actions   C channels   H W height, width   K classes
+
+One tensor says everything that a method decides: keep_BUG in {0, 1}, image by unit by part.
+A MAC is one multiply-add, counted once. A share is a part of the dense net's MACs. A route is one image's keep_UG.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:  # so that rooms without torch may import this file
+    from torch import Tensor
+
+Form = Literal["nested", "choice", "free"]
+
+
+class InputError(ValueError):
+    """What the user gave is wrong; the message is the one line that is shown, and the exit status is 2."""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
+    """The error for a name that is not there: says the nearest valid choice and lists all of them."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return InputError(f"unknown {kind} {name!r}{hint} (choices: {', '.join(known) or 'none'})")
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """What a router may know of one routable unit.
+
+    form: which keeps are legal. "nested": a prefix of the parts; "choice": exactly one part; "free": any subset.
+    skippable: the unit has a shortcut, so keeping nothing is legal.
+    part_shares: each part's share of the unit's own MACs when all parts run; sums to 1 for "nested" and "free".
+    stage, stages: 1-based stage of the net and how many stages there are (DMNN weights its losses by stage).
+    """
+
+    name: str
+    in_channels: int
+    parts: int
+    form: Form
+    skippable: bool
+    part_shares: tuple[float, ...]
+    stage: int = 1
+    stages: int = 1
+
+
+class Decision(NamedTuple):
+    """One unit's decision. keep_BG may carry a straight-through gradient; notes go to the loss."""
+
+    keep_BG: Tensor
+    notes: dict[str, Tensor]
+
+
+class Trace(NamedTuple):
+    """All decisions of a forward pass; notes are stacked over units: (B, U, ...)."""
+
+    keep_BUG: Tensor
+    notes: dict[str, Tensor]
+
+
+class Output(NamedTuple):
+    """What a routed net returns. macs_B: multiply-adds of each image, router included."""
+
+    logits_BK: Tensor
+    trace: Trace
+    macs_B: Tensor
+
+
+class Batch(NamedTuple):
+    """One minibatch. images: (B, C, H, W) float, normalised; superclasses: (B,) int64 or None; index: rows of the split."""
+
+    images: Tensor
+    labels: Tensor
+    superclasses: Tensor | None
+    index: Tensor
+
+    def to(self, device: Any) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""Multiply-adds per image from keep_BUG, router included. B images, U units, G and H parts of a unit and of the one it reads.
+
+One convention everywhere: a multiply-add (MAC) of a convolution or linear layer counts once; BatchNorm, activations,
+pooling and additions count nothing. This is torch's `FlopCounterMode` divided by two. The same function is the
+resource loss and the CSV column, so what is optimised is what is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+def conv_macs(out_size: int, kernel: int, in_channels: int, out_channels: int, groups: int = 1) -> int:
+    """MACs of a square convolution with an out_size x out_size output."""
+    return out_size * out_size * kernel * kernel * in_channels * out_channels // groups
+
+
+class CostTerms(NamedTuple):
+    """A unit's MACs. always: run whatever is kept (a projection shortcut, say). by_part_G: added by each kept part.
+
+    by_pair_HG: added by each pair of (kept part of the unit read, kept part of this one): a convolution that shrinks on
+    both sides costs the product of two choices, image by image.
+    """
+
+    always: float
+    by_part_G: tuple[float, ...]
+    by_pair_HG: tuple[tuple[float, ...], ...] | None = None
+
+    @property
+    def total(self) -> float:
+        """MACs with every part kept here and in the unit read."""
+        return self.always + sum(self.by_part_G) + sum(map(sum, self.by_pair_HG or ()))
+
+
+class NetCost(nn.Module):
+    """Multiply-adds per image of a whole net: fixed parts (stem, head, router) plus units as kept.
+
+    terms: one CostTerms a unit. reads[u]: the earlier unit whose kept parts are the only non-zero input of unit u, or None.
+    fixed: MACs of stem and head. router: MACs of the router. dense: MACs of the plain static net, the reference of every share.
+    """
+
+    part_UG: Tensor
+
+    def __init__(
+        self, terms: Sequence[CostTerms], reads: Sequence[int | None], fixed: float, router: float, dense: float
+    ) -> None:
+        super().__init__()
+        parts = max(len(t.by_part_G) for t in terms)
+        rows = [(*t.by_part_G, *[0.0] * (parts - len(t.by_part_G))) for t in terms]
+        # float64: sums of 1e9 MACs must not round, or the exactness tests would need a tolerance
+        self.register_buffer("part_UG", torch.tensor(rows, dtype=torch.float64), persistent=False)
+        self.pairs: list[tuple[int, int]] = []
+        for u, term in enumerate(terms):
+            if term.by_pair_HG is None:
+                continue
+            source = reads[u]
+            assert source is not None and source < u, "a unit with pair costs must read an earlier unit"
+            pair = torch.tensor(term.by_pair_HG, dtype=torch.float64)
+            self.register_buffer(f"pair_{u}", pair, persistent=False)
+            self.pairs.append((source, u))
+        self.fixed = fixed + sum(t.always for t in terms)
+        self.router = router
+        self.dense = dense
+
+    def forward(self, keep_BUG: Tensor) -> Tensor:
+        """macs_B (float64), differentiable in keep_BUG."""
+        keep = keep_BUG.double()
+        macs_B = (keep * self.part_UG).sum((1, 2)) + (self.fixed + self.router)
+        for source, u in self.pairs:
+            pair_HG = self.get_buffer(f"pair_{u}")
+            above, own = keep[:, source, : pair_HG.shape[0]], keep[:, u, : pair_HG.shape[1]]
+            macs_B = macs_B + torch.einsum("bh,hg,bg->b", above, pair_HG, own)
+        return macs_B
+
+    def extremes(self, lowest_UG: Tensor) -> tuple[float, float]:
+        """MACs of the cheapest legal route, given as keeps, and of the dearest (everything the units allow)."""
+        return float(self(lowest_UG[None])), float(self(torch.ones_like(lowest_UG)[None]))

@@ -1,0 +1,79 @@
+"""Image folders: train/CLASS/*.png with val/ or test/ beside train/, as ImageNet's are laid out.
+
+test/ is the test split; without one, val/ is. With both, val/ is the calibration split.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dynroute.contracts import InputError
+from dynroute.data.files import SUFFIXES, into_memory
+from dynroute.data.spec import DataOptions, Dataset, DataSpec, FileSplit, assemble
+
+IN_MEMORY_BYTES = 512 * 2**20  # decoded; sets above this stay on disk
+
+
+def folder(options: DataOptions, seed: int = 0) -> Dataset:
+    """Class folders under options.path, resized to 32 pixels unless told otherwise, then centre-cropped.
+
+    Decoded into memory up to `IN_MEMORY_BYTES`, else left on disk as FileSplits. seed is not used.
+    """
+    size = options.image_size or 32
+    return read(options, size, short_side=size)
+
+
+def imagenet(options: DataOptions, seed: int = 0) -> Dataset:
+    """train/ and val/ of class folders (wnids): short side to 256, then the middle 224 pixels."""
+    size = options.image_size or 224
+    return read(options, size, short_side=round(size * 256 / 224))
+
+
+def read(options: DataOptions, size: int, short_side: int) -> Dataset:
+    """The folder's splits. Raises InputError for missing or empty folders, classes that train/ lacks."""
+    if options.path is None:
+        raise InputError(
+            f"data.name={options.name} needs data.path: a folder with train/ and val/ or test/ inside"
+        )
+    root = Path(options.path)
+    if not (root / "train").is_dir():
+        raise InputError(f"{root}: no folder train/ inside")
+    names = class_names(root / "train")
+    if len(names) < 2:
+        raise InputError(f"{root / 'train'}: at least two class folders are needed, not {len(names)}")
+    there = [name for name in ("test", "val") if (root / name).is_dir()]
+    if not there:
+        raise InputError(f"{root}: no folder val/ or test/ inside")
+    spec = DataSpec(options.name, size, len(names), names)
+    train, test, *val = (listed(root / part, names, short_side) for part in ("train", *there))
+    on_disk = assemble(spec, options, train, test, *val)
+    parts = [
+        part for part in (on_disk.train, on_disk.calibration, on_disk.test) if isinstance(part, FileSplit)
+    ]
+    if sum(len(part) for part in parts) * size * size * 3 > IN_MEMORY_BYTES:
+        return on_disk
+    return Dataset(spec, *(into_memory(part, size) for part in parts))
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The sorted names of the class folders; hidden ones are passed over."""
+    return tuple(sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")))
+
+
+def listed(folder: Path, names: tuple[str, ...], short_side: int) -> FileSplit:
+    """All image files below a split's class folders. A class may be missing, but not unknown or empty."""
+    paths: list[Path] = []
+    labels: list[int] = []
+    for name in class_names(folder):
+        if name not in names:
+            raise InputError(f"{folder / name}: train/ has no class {name!r}")
+        files = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES)
+        if not files:
+            raise InputError(f"{folder / name}: no images in this class folder")
+        paths += files
+        labels += [names.index(name)] * len(files)
+    if not paths:
+        raise InputError(f"{folder}: no class folders inside")
+    return FileSplit(paths, torch.tensor(labels), short_side)

@@ -1,0 +1,172 @@
+"""What a net does on a split, the price that meets a FLOPs target, and how long an image takes.
+
+B images, N images of a split, U units, G parts, K classes. A share is a part of the dense net's multiply-adds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynroute.contracts import Batch
+from dynroute.net import RoutedNet
+from dynroute.skipping import FastNet
+
+TOLERANCE = 0.02  # a target is missed when the reached share is further away
+
+
+@dataclass
+class Scores:
+    """Per image: predicted_N, label_N, right_N, top5_N (bool), loss_N (cross entropy), macs_N, keep_NUG (uint8), index_N."""
+
+    predicted_N: Tensor
+    label_N: Tensor
+    right_N: Tensor
+    top5_N: Tensor
+    loss_N: Tensor
+    macs_N: Tensor
+    keep_NUG: Tensor
+    index_N: Tensor
+
+    def macs_at(self, quantile: float) -> float:
+        """A quantile of the multiply-adds per image."""
+        return float(torch.quantile(self.macs_N, quantile))
+
+    def routes(self) -> int:
+        """Number of distinct routes."""
+        return len(self.keep_NUG.flatten(1).unique(dim=0))
+
+
+@torch.inference_mode()
+def evaluate(net: RoutedNet, batches: Iterable[Batch], run: Callable[[Tensor], object] | None = None) -> Scores:
+    """Run the net in eval mode (no noise, no exploration) over batches on its device. run: another executor, as FastNet."""
+    was_training = net.training
+    net.eval()
+    rows: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        out = (run or net)(batch.images)
+        logits = out.logits_BK.float()  # type: ignore[attr-defined]
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == batch.labels[:, None]
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        keep = out.trace.keep_BUG.to(torch.uint8)  # type: ignore[attr-defined]
+        macs = out.macs_B.expand(len(logits))  # type: ignore[attr-defined]
+        rows.append((best[:, 0], batch.labels, hits[:, 0], hits.any(1), losses, macs, keep, batch.index))
+    net.train(was_training)
+    return Scores(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)))
+
+
+class Dial:
+    """Searches the price at which the mean share meets a target, on one split; every price is measured once.
+
+    share_at(price) need not be smooth or monotone (routers briefly trained are lumpy): the search brackets and bisects, and
+    the best price seen wins. Prices are searched on an asinh scale, fine near 0 and coarse far out.
+    """
+
+    def __init__(self, share_at: Callable[[float], float], limits: tuple[float, float]) -> None:
+        self.share_at, self.limits = share_at, limits
+        self.seen: dict[float, float] = {}
+
+    def find(self, target: float, tolerance: float = 0.002, tries: int = 24) -> tuple[float, float]:
+        """(price, share) closest to the target among what was tried."""
+        self.span()
+        self._try(0.0)
+        for _ in range(tries):
+            if abs(self._best(target)[1] - target) <= tolerance:
+                break
+            low, high = self._bracket(target)
+            if low is None or high is None:
+                break  # outside the reachable range
+            middle = _price((_scale(low) + _scale(high)) / 2)
+            if middle in self.seen:
+                break  # no price in between: a jump
+            self._try(middle)
+        return self._best(target)
+
+    def span(self) -> tuple[float, float]:
+        """Lowest and highest share at the dial's end stops."""
+        return self._try(self.limits[1]), self._try(self.limits[0])
+
+    def _try(self, price: float) -> float:
+        if price not in self.seen:
+            self.seen[price] = self.share_at(price)
+        return self.seen[price]
+
+    def _best(self, target: float) -> tuple[float, float]:
+        return min(self.seen.items(), key=lambda item: (abs(item[1] - target), abs(item[0])))
+
+    def _bracket(self, target: float) -> tuple[float | None, float | None]:
+        """The closest pair of neighbouring prices seen whose shares lie on both sides of the target."""
+        prices = sorted(self.seen)
+        pairs = [
+            (a, b)
+            for a, b in zip(prices, prices[1:], strict=False)
+            if min(self.seen[a], self.seen[b]) <= target <= max(self.seen[a], self.seen[b])
+        ]
+        return min(pairs, key=lambda p: abs(self.seen[p[0]] - self.seen[p[1]]), default=(None, None))
+
+
+UNIT_PRICE = 1e-3  # prices below this are told apart linearly, above it by ratio
+
+
+def _scale(price: float) -> float:
+    return math.asinh(price / UNIT_PRICE)
+
+
+def _price(scale: float) -> float:
+    return UNIT_PRICE * math.sinh(scale)
+
+
+def make_dial(net: RoutedNet, batches: list[Batch]) -> Dial:
+    """The dial of a net over the given (calibration) batches. Leaves the router's price where the last try put it."""
+
+    @torch.inference_mode()
+    def share_at(price: float) -> float:
+        net.router.price = price
+        macs = torch.cat([net(batch.images).macs_B for batch in batches])
+        return float(macs.mean()) / net.cost.dense
+
+    net.eval()
+    return Dial(share_at, net.router.price_limits)
+
+
+@dataclass
+class Latency:
+    """Milliseconds per image. p50: of the routed net in the fast run; dense_p50: of the dense net in the same executor."""
+
+    p50: float
+    dense_p50: float
+    batch: int
+    threads: int
+    device: str
+
+
+@torch.inference_mode()
+def latency(net: RoutedNet, images_BCHW: Tensor, batch: int = 1, repeats: int = 60) -> Latency:
+    """Time routed and dense runs in turn, on the same images in the same executor, so that drift hits both."""
+    fast, device = FastNet(net), images_BCHW.device
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(-5, repeats):  # the first five warm the caches
+        start = turn * batch % max(len(images_BCHW) - batch + 1, 1)
+        x = images_BCHW[start : start + batch].contiguous(memory_format=torch.channels_last)
+        fast(x)  # narrow modules of this image's route are built outside the clock
+        for dense in (False, True):
+            keep = net.dense_routes(len(x)).to(device) if dense else None
+            before = _now(device)
+            fast(x, keep)
+            if turn >= 0:
+                times[dense].append((_now(device) - before) * 1e3 / len(x))
+    p50, dense_p50 = (float(torch.tensor(times[d]).median()) for d in (False, True))
+    return Latency(p50, dense_p50, batch, torch.get_num_threads(), str(device))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

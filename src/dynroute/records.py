@@ -1,0 +1,147 @@
+"""Result rows and their CSV files. Standard library only, so that tables can be made without torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dynroute.contracts import InputError
+
+EVAL_FILE, TRAIN_FILE, ROUTES_FILE = "eval.csv", "train.csv", "routes.csv"
+
+
+@dataclass
+class EvalRow:
+    """One evaluation of one run at one setting. MACs are multiply-adds per image, router included.
+
+    macs_share: macs_mean / macs_dense. share_calib: the share reached on the calibration split, where the price was
+    fitted. flops_target: the asked share, None for the trained point. top1, top5: 0..1. loss: mean cross entropy.
+    router_share: the router's MACs / macs_dense. routes: number of distinct routes. latency_ms_*: see `measure.latency`.
+    """
+
+    run: str
+    method: str
+    backbone: str
+    dataset: str
+    seed: int
+    split: str
+    flops_target: float | None
+    price: float
+    share_calib: float | None
+    macs_mean: float
+    macs_p5: float
+    macs_p95: float
+    macs_dense: float
+    macs_share: float
+    router_share: float
+    top1: float
+    top5: float
+    loss: float
+    n: int
+    routes: int
+    params: int
+    epochs: float
+    weights: str = ""
+    latency_ms_p50: float | None = None
+    speedup: float | None = None
+    latency_batch: int | None = None
+    latency_threads: int | None = None
+    latency_device: str = ""
+    machine: str = ""
+    commit: str = ""
+    config_hash: str = ""
+    torch: str = ""
+
+
+EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))
+NUMBERS = frozenset(f.name for f in fields(EvalRow) if "float" in str(f.type) or "int" in str(f.type))
+
+
+def as_dict(row: EvalRow) -> dict[str, Any]:
+    """The row as a plain dict, in column order."""
+    return asdict(row)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file in one step: a reader sees the old text or the new, never a half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write rows as CSV, atomically. Columns: as given, else all keys in the order first seen. None becomes empty."""
+    rows = list(rows)
+    names = list(columns) if columns else list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV written by `write_rows`; every cell a string. Raises InputError on a missing, torn or foreign file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not text.endswith("\n"):
+        raise InputError(f"{path} ends in the middle of a line: half-written or not a CSV of dynroute")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), restkey="", restval=None))
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV: {error}") from None
+    if any("" in row or None in row.values() for row in rows):
+        raise InputError(f"{path} has lines that do not fit its header")
+    return rows
+
+
+def read_eval(path: Path) -> list[dict[str, Any]]:
+    """Read an eval.csv: numbers as float, empty cells as None. Raises InputError where a column is missing or no number."""
+    rows = read_rows(path)
+    missing = [c for c in EVAL_COLUMNS if rows and c not in rows[0]]
+    if missing:
+        raise InputError(
+            f"{path} lacks the columns {', '.join(missing)}: written by another version or program"
+        )
+    return [{c: _value(path, c, row[c]) for c in EVAL_COLUMNS} for row in rows]
+
+
+def merge_eval(path: Path, row: EvalRow) -> None:
+    """Add a row to an eval.csv; it replaces the row of the same split and target, so that a repeated call adds nothing."""
+    old = read_rows(path) if path.exists() else []
+    new = {k: _cell(v) for k, v in as_dict(row).items()}
+    same = ("split", "flops_target")
+    kept = [{k: r.get(k, "") for k in EVAL_COLUMNS} for r in old if any(r.get(k) != new[k] for k in same)]
+    write_rows(path, [*kept, new], EVAL_COLUMNS)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _value(path: Path, column: str, text: str) -> Any:
+    if column not in NUMBERS:
+        return text
+    if text == "":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{path}: {column} is {text!r}, not a number") from None

@@ -1,0 +1,64 @@
+"""One HTML page that holds everything: no scripts, nothing loaded from elsewhere, so it can be mailed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynroute.report import papers
+from dynroute.report.papers import PaperTable
+from dynroute.report.read import LeftOut
+from dynroute.report.tables import WORDS, cells
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+NOTES = (
+    "FLOPs (multiply-adds): a multiply-add of a convolution or linear layer counts once, as in the papers. "
+    "An image is charged for the parts that it runs, router included; the table gives the mean over images.",
+    "share: that mean as a part of the dense net's multiply-adds. missed: over 0.02 away from the target.",
+    "top-1: mean +- sample standard deviation (number of seeds). n=1: a single run, its spread unknown.",
+    "vs static: top-1 less that of the static nets at the same share, in points, on the straight line "
+    "between the two neighbouring static nets. Empty where static nets do not lie on both sides.",
+)
+PAPER_NOTES = (
+    "certainty. seen: in the authors' own text, poster or code. second-hand: quoted by others. "
+    "reconstructed: derived from the rest, the printed symbols being lost. "
+    "digitised: read off a figure, +-0.1 point.",
+    "reported share: of the dense net's multiply-adds; where only a speed-up of k is reported, 1/k.",
+    "reproduced: rows of this comparison of the same dataset, backbone and method, at the same target or, "
+    "where none is reported, at the nearest share within 0.02. Empty: not yet run. "
+    "The runs' rows do not tell N: reported rows that differ in N alone show the same run.",
+    "difference: reproduced less reported top-1 error, in points; above zero is worse than the paper.",
+)
+
+
+def render(
+    table: pd.DataFrame, left_out: Sequence[LeftOut], svg: str, reported: Sequence[PaperTable] = ()
+) -> str:
+    """The page as text; without svg, the papers' tables alone. Everything but our own SVG is escaped."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    picture = Markup(svg[svg.index("<svg") :]) if svg else ""  # matplotlib escapes the names in it
+    shown = [(paper.name, paper.caption, papers.cells(paper)) for paper in reported]
+    notes = (*(NOTES if svg else ()), *(PAPER_NOTES if reported else ()))
+    names = {"words": WORDS, "left_out": left_out, "picture": picture, "papers": shown, "notes": notes}
+    return template.render(rows=cells(table) if svg else [], **names) + "\n"
+
+
+def markdown(table_text: str, left_out: Sequence[LeftOut]) -> str:
+    """The Markdown table with the same notes under it."""
+    missing = [f"- left out: {path}: {reason}".replace("<", "&lt;") for path, reason in left_out]
+    return "\n".join([table_text, "", *(f"- {note}" for note in NOTES), *missing]) + "\n"
+
+
+def papers_markdown(reported: Sequence[PaperTable]) -> str:
+    """The papers' tables with their notes."""
+    parts = [*map(papers.to_markdown, reported), "\n".join(f"- {note}" for note in PAPER_NOTES)]
+    return "\n".join(parts) + "\n"

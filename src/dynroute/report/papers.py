@@ -1,0 +1,150 @@
+"""The papers' reported rows (reported.csv) and, beside them, what the compared runs reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynroute.contracts import unknown
+from dynroute.records import read_rows
+from dynroute.report.read import Row
+from dynroute.report.tables import STATIC, TOLERANCE, markdown_table, rich_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+REPORTED = Path(__file__).with_name("reported.csv")
+CITATIONS = {"dmnn": "DMNN (Su et al., 2019)", "rnp": "RNP (Lin et al., 2017)"}
+PLACES = {
+    "dmnn:tab1": "Table 1, ResNets",
+    "dmnn:tab2": "Table 2, MobileNetV2",
+    "dmnn:tab3": "Table 3, ResNet-50",
+    "dmnn:tab4": "Table 4, without previous state or category loss",
+    "rnp:tab2": "Table 2, VGG-16 by speed-up",
+    "rnp:fig-cifar10": "curve of four conv layers",
+    "rnp:fig-cifar100": "curve of VGG-16",
+}
+OURS = {"dmnn": "dmnn", "rnp": "rnp", "vanilla": STATIC}  # reported method -> ours, beside the full nets
+WHOLE = ("resnet", "mobilenetv2")  # reported methods that begin so are the plain backbone
+WORDS = ("paper", "table", "dataset", "method", "backbone", "certainty", "note")  # the rest are numbers
+
+
+class PaperTable(NamedTuple):
+    """One table or figure of a paper. rows: shares and errors in percent, None where there is no number."""
+
+    name: str
+    caption: str
+    rows: list[Row]
+
+
+def paper_tables() -> dict[str, str]:
+    """The names that `compare --paper` takes, each with a sentence."""
+    return {name: _caption(name, rows) for name, rows in _reported().items()}
+
+
+def paper_table(names: Sequence[str], table: pd.DataFrame) -> list[PaperTable]:
+    """The named tables beside the rows of a comparison. Raises InputError on unknown names."""
+    runs: list[Row] = table.to_dict("records")  # type: ignore[assignment]
+    found = {name: _reported()[name] for name in expand(names)}
+    return [PaperTable(n, _caption(n, rows), [_row(r, runs) for r in rows]) for n, rows in found.items()]
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """The names, each once, "all" spelt out. Raises InputError on an unknown one."""
+    known = list(_reported())
+    for name in names:
+        if name not in ("all", *known):
+            raise unknown("table of a paper", name, ["all", *known])
+    return known if "all" in names else list(dict.fromkeys(names))
+
+
+def _reported() -> dict[str, list[Row]]:
+    tables: dict[str, list[Row]] = {}
+    for row in read_rows(REPORTED):
+        typed = {k: v if k in WORDS else float(v) if v else None for k, v in row.items()}
+        tables.setdefault(f"{row['paper']}:{row['table']}", []).append(typed)
+    return dict(sorted(tables.items()))
+
+
+def _caption(name: str, rows: list[Row]) -> str:
+    by = CITATIONS[name.split(":")[0]]
+    return f"{len(rows)} rows, {rows[0]['dataset']}; reported by {by}, {PLACES[name]}"
+
+
+def _row(paper: Row, runs: list[Row]) -> Row:
+    share, error = _share(paper), paper["top1_error_pct"]
+    run = _reproduced(paper, share, runs)
+    ours = 100 * (1 - run["top1"]) if run else None
+    return {
+        **{name: paper[name] for name in ("dataset", "method", "backbone", "sub_blocks", "target")},
+        "reported_top1_error_pct": error,
+        "reported_top5_error_increase_points": paper["top5_error_increase_points"],
+        "reported_macs_g": paper["macs_g"],
+        "reported_share_pct": None if share is None else 100 * share,
+        **{name: paper[name] for name in ("certainty", "note")},
+        "run": run["label"] if run else "",
+        "n_seeds": run["n_seeds"] if run else None,
+        "reproduced_top1_error_pct": ours,
+        "reproduced_top1_error_std": 100 * run["top1_std"] if run and run["n_seeds"] > 1 else None,
+        "reproduced_share_pct": 100 * run["macs_share"] if run else None,
+        "difference_points": None if ours is None or error is None else ours - error,
+    }
+
+
+def _share(paper: Row) -> float | None:
+    ratio, speedup = paper["macs_ratio_pct"], paper["speedup_macs"]
+    return ratio / 100 if ratio else 1 / speedup if speedup else None
+
+
+def _reproduced(paper: Row, share: float | None, runs: list[Row]) -> Row | None:
+    """The run that stands for a reported row; of several the nearest in share, never the most accurate."""
+    found = (run for run in runs if _matches(paper, share, run))
+    return min(found, key=lambda r: (abs(r["macs_share"] - (share or 1)), r["label"]), default=None)
+
+
+def _matches(paper: Row, share: float | None, run: Row) -> bool:
+    whole, target = paper["method"].startswith(WHOLE), run["flops_target"]
+    wanted = {**paper, "method": STATIC if whole else OURS.get(paper["method"])}
+    if any(run[name] != wanted[name] for name in ("dataset", "backbone", "method")):
+        return False
+    if whole:
+        return target != target and run["macs_share"] > 0.99  # full width; nan: no target
+    if paper["target"] is not None:
+        return abs(target - paper["target"]) < 1e-6
+    return share is not None and abs(run["macs_share"] - share) <= TOLERANCE + 1e-9
+
+
+CELLS = {  # header -> column and format
+    **{name: (name, "") for name in ("method", "backbone")},
+    "N": ("sub_blocks", "g"),
+    "target": ("target", "g"),
+    "reported top-1 error %": ("reported_top1_error_pct", "g"),
+    "reported top-5 error increase, points": ("reported_top5_error_increase_points", "g"),
+    "reported FLOPs (G multiply-adds)": ("reported_macs_g", "g"),
+    "reported share %": ("reported_share_pct", ".1f"),
+    **{name: (name, "") for name in ("certainty", "run")},
+    "seeds": ("n_seeds", "d"),
+    "reproduced top-1 error %": ("reproduced_top1_error_pct", ".2f"),
+    "+-": ("reproduced_top1_error_std", ".2f"),
+    "reproduced share %": ("reproduced_share_pct", ".1f"),
+    "difference, points": ("difference_points", "+.2f"),
+}
+
+
+def cells(paper: PaperTable) -> list[dict[str, str]]:
+    """The rows as people read them. Empty columns are left out, save those that wait for a run."""
+    shown = [{h: "" if r[c] is None else f"{r[c]:{f}}" for h, (c, f) in CELLS.items()} for r in paper.rows]
+    kept = [h for h in CELLS if h.startswith(("reproduced", "difference")) or any(row[h] for row in shown)]
+    return [{h: row[h] for h in kept} for row in shown]
+
+
+def to_rich(paper: PaperTable) -> Table:
+    """The table for the terminal."""
+    return rich_table(cells(paper), f"{paper.name}: {paper.caption}")
+
+
+def to_markdown(paper: PaperTable) -> str:
+    """The table in GitHub's Markdown, under a heading."""
+    return f"## {paper.name}\n\n{paper.caption}\n\n{markdown_table(cells(paper))}\n"

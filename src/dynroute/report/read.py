@@ -1,0 +1,137 @@
+"""Find and read the rows to compare; standard library only. What cannot be shown is named, with a reason."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dynroute.contracts import InputError
+from dynroute.records import EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
+
+Row = dict[str, Any]
+TABLE_FILE, PICTURE_FILE, PAPERS_FILE = "table.csv", "accuracy_flops.csv", "papers.csv"
+NOT_EVAL = frozenset(
+    {TRAIN_FILE, ROUTES_FILE, TABLE_FILE, PICTURE_FILE, PAPERS_FILE}
+)  # our own files: --out may be a results folder
+NEEDED = ("top1", "macs_share")
+
+
+class LeftOut(NamedTuple):
+    """A run or file that is not in the table, or not wholly, and why."""
+
+    path: Path
+    reason: str
+
+
+def read(paths: Sequence[Path]) -> tuple[list[Row], list[LeftOut]]:
+    """Test rows of run folders, folders of runs or of CSVs, single CSVs; one row per setting and seed.
+
+    Raises InputError where a path does not exist, or where nothing at all can be shown.
+    """
+    found: list[tuple[Path, Row]] = []
+    left_out: list[LeftOut] = []
+    for file in dict.fromkeys(file for path in paths for file in _files(path)):
+        try:
+            rows = _test_rows(file)
+        except InputError as error:
+            left_out.append(LeftOut(_shown(file), _reason(error, file)))
+            continue
+        usable = [row for row in rows if all(_finite(row[name]) for name in NEEDED)]
+        if len(usable) < len(rows):
+            reason = (
+                f"{len(rows) - len(usable)} of {len(rows)} test rows have no number for {' or '.join(NEEDED)}"
+            )
+            left_out.append(LeftOut(_shown(file), reason))
+        found += [(file, row) for row in usable]
+    rows, repeats = _one_per_seed(found)
+    left_out += repeats
+    if not rows:
+        raise InputError(_nothing(left_out))
+    return rows, left_out
+
+
+def base_name(run: str) -> str:
+    """The run's name without its seed: `dmnn-seed3` and `dmnn_s3` are both `dmnn`."""
+    return re.sub(r"[-_](seed|s)\d+$", "", run)
+
+
+def identity(row: Row) -> str:
+    """What the seeds of one experiment share. The config hash leaves out seed and name."""
+    return row["config_hash"] or base_name(row["run"])
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The eval files that a path stands for; a run folder without one yields the name it would have."""
+    if not path.exists():
+        raise InputError(f"no such run or file: {path}{_nearest(path)}")
+    if path.is_file():
+        yield path
+    elif _is_run(path):
+        yield path / EVAL_FILE
+    else:
+        runs = [p / EVAL_FILE for p in sorted(path.iterdir()) if p.is_dir() and _is_run(p)]
+        tables = [p for p in sorted(path.glob("*.csv")) if p.name not in NOT_EVAL]
+        yield from runs + tables or [path / EVAL_FILE]
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in (EVAL_FILE, TRAIN_FILE, "config.yaml", "last.pt"))
+
+
+def _nearest(path: Path) -> str:
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _test_rows(file: Path) -> list[Row]:
+    """The rows of split test; calibration rows took part in the fitting. Raises InputError on none."""
+    if not file.exists():
+        raise InputError(f"no {EVAL_FILE} yet: run `dynroute eval {file.parent}`")
+    rows = read_eval(file)
+    tested = [row for row in rows if row["split"] == "test"]
+    if rows and not tested:
+        raise InputError("only calibration rows, none of split test")
+    if not rows:
+        raise InputError("no rows")
+    return tested
+
+
+def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOut]]:
+    """Keep the last of the rows alike in setting and seed: counted twice, they would pass for two seeds."""
+    kept: dict[tuple[Any, ...], tuple[Path, Row]] = {}
+    repeats: dict[LeftOut, None] = {}
+    for file, row in found:
+        key = (*(row[k] for k in ("method", "backbone", "dataset", "flops_target", "seed")), identity(row))
+        if key in kept and repr(kept[key][1]) != repr(row):  # repr, since nan differs from itself
+            reason = f"same configuration, seed and target as {_shown(file)}, which is shown in its place"
+            repeats[LeftOut(_shown(kept[key][0]), reason)] = None
+        kept[key] = (file, row)
+    return [row for _, row in kept.values()], list(repeats)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _shown(file: Path) -> Path:
+    """A run goes by its folder."""
+    return file.parent if file.name == EVAL_FILE and file.parent.name else file
+
+
+def _reason(error: InputError, file: Path) -> str:
+    """The error without the path, which is shown beside it."""
+    text = str(error).removeprefix(f"cannot read {file}: ").removeprefix(str(file)).lstrip(": ")
+    return textwrap.shorten(text, 200, placeholder=" ...")
+
+
+def _nothing(left_out: list[LeftOut]) -> str:
+    if not left_out:
+        return "nothing to compare: give one or more run folders or CSV files"
+    more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    return "nothing to compare: " + "; ".join(f"{path}: {reason}" for path, reason in left_out[:3]) + more

@@ -1,0 +1,100 @@
+"""The contract of every router, and the phases in which a method is trained.
+
+B images, U units, G parts. A router sees UnitSpecs and feature maps, never the backbone. train() explores, eval() is
+deterministic; there is no other mode. A higher price means a cheaper net, for every router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
+
+if TYPE_CHECKING:  # net.py stands above this room; only its type is named here
+    from dynroute.net import RoutedNet
+
+State = Any
+
+
+class Router(nn.Module):
+    """Decides, unit by unit, which parts each image runs.
+
+    price: the one budget dial: a charge per share of a unit's multiply-adds, subtracted from the score of whatever would
+    run. 0 is the trained point. price_limits: where the dial's end stops lie (beyond them nothing changes any more).
+    """
+
+    price: float = 0.0
+    price_limits: tuple[float, float] = (-1e4, 1e4)
+
+    def __init__(self, specs: Sequence[UnitSpec]) -> None:
+        super().__init__()
+        self.specs = list(specs)
+
+    def begin(self, x_BCHW: Tensor) -> State:
+        """State before the first unit, from the images; None is fine."""
+        return None
+
+    def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
+        """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit."""
+        raise NotImplementedError("a router must write decide()")
+
+    def macs(self) -> float:
+        """Multiply-adds of all decisions of one image, counted as for the net."""
+        return 0.0
+
+
+@dataclass
+class Phase:
+    """One stretch of training. All that differs between reinforcement learning and gates stands here.
+
+    trains: "backbone", "router" or both; the rest is frozen in eval(). loss: its terms are summed and become columns of
+    train.csv. routes: keep_BUG for B images instead of the router's own decisions (dense: all ones); None asks the router.
+    router_lr: Adam at this rate for the router; None trains it by the backbone's SGD, at router_scale times its rate and
+    without weight decay. lr_scale: of optim.lr, for the backbone. schedule: called before each minibatch with the part of
+    the phase that is done, 0..1 (exploration, temperature).
+    """
+
+    name: str
+    epochs: int
+    trains: tuple[str, ...]
+    loss: Callable[[Output, Batch], dict[str, Tensor]]
+    routes: Callable[[int], Tensor] | None = None
+    router_lr: float | None = None
+    router_scale: float = 1.0
+    lr_scale: float = 1.0
+    schedule: Callable[[float], None] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of ROUTERS: the router, its options, the unit form it needs ("any": every form), and its phases."""
+
+    router: Callable[[Sequence[UnitSpec], Any, int], Router]  # specs, options, superclasses of the data (0: none)
+    options: type
+    phases: Callable[[RoutedNet, Any], Iterator[Phase]]
+    unit: str = "any"
+
+
+def legal(keep_BG: Tensor, spec: UnitSpec) -> Tensor:
+    """The nearest legal keep: sorted to a prefix for nested units, and at least the first part where nothing is not allowed."""
+    if spec.form == "nested":
+        keep_BG = keep_BG.sort(dim=1, descending=True).values
+    if not spec.skippable:
+        keep_BG = torch.cat([torch.ones_like(keep_BG[:, :1]), keep_BG[:, 1:]], 1)
+    return keep_BG
+
+
+def cross_entropy(out: Output, batch: Batch) -> dict[str, Tensor]:
+    """The classification loss alone."""
+    return {"loss_cls": nn.functional.cross_entropy(out.logits_BK, batch.labels)}
+
+
+def ranged(path: str, value: float, low: float, high: float) -> None:
+    """Raise InputError unless low <= value <= high (NaN never is)."""
+    if not low <= value <= high:
+        raise InputError(f"{path} must lie between {low:g} and {high:g}, not {value}")

@@ -1,0 +1,128 @@
+"""Routers that learn nothing: the controls over which every learned row must stand.
+
+static: every image runs the same parts, all of them (dense) or a share of every unit (uniformly narrower).
+random: every image runs parts drawn at random at a rate; the draw depends on the image alone, so that the same image
+always gets the same route, alone or in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dynroute.contracts import Decision, UnitSpec
+from dynroute.routers.base import Phase, Router, State, cross_entropy, legal, ranged
+
+if TYPE_CHECKING:
+    from dynroute.net import RoutedNet
+
+
+@dataclass
+class StaticOptions:
+    """The `router` section for router.name=static."""
+
+    width: float = 1.0
+    """Share of the parts that every image runs: 1 is the dense net, 0.5 about half of every unit."""
+    epochs: int = 10
+    """Epochs of training at that width."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError on the first value out of range."""
+        ranged("router.width", self.width, 0.0, 1.0)
+        ranged("router.epochs", self.epochs, 0, 100_000)
+
+
+@dataclass
+class RandomOptions:
+    """The `router` section for router.name=random."""
+
+    rate: float = 0.5
+    """Probability with which each part runs."""
+    epochs: int = 10
+    """Epochs of training under random routes."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError on the first value out of range."""
+        ranged("router.rate", self.rate, 0.0, 1.0)
+        ranged("router.epochs", self.epochs, 0, 100_000)
+
+
+class StaticRouter(Router):
+    """The same keep for every image. The dial narrows: at price p a share width - p of the parts runs.
+
+    A width between two whole numbers of parts is spread over the units (unit u keeps floor((u+1) w) - floor(u w) parts,
+    w in parts), so that any mean share can be had to within one part of one unit. Ours.
+    """
+
+    price_limits = (-1.0, 1.0)
+
+    def __init__(self, specs: Sequence[UnitSpec], options: StaticOptions, superclasses: int = 0) -> None:
+        super().__init__(specs)
+        self.width = options.width
+
+    def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
+        """The first so many parts of unit u, for all images."""
+        spec = self.specs[u]
+        parts = min(max(self.width - self.price, 0.0), 1.0) * spec.parts + 1e-9
+        kept = int((u + 1) * parts) - int(u * parts)
+        row_G = (torch.arange(spec.parts, device=x_BCHW.device) < kept).float()
+        return Decision(legal(row_G.expand(len(x_BCHW), -1), spec), {}), state
+
+
+class RandomRouter(Router):
+    """Each part runs with probability rate - price. The random numbers are a hash of the image, in whole numbers:
+
+    sums of floats would depend on the batch they are computed in, and the same image could get two routes.
+    """
+
+    price_limits = (-1.0, 1.0)
+
+    def __init__(self, specs: Sequence[UnitSpec], options: RandomOptions, superclasses: int = 0) -> None:
+        super().__init__(specs)
+        self.rate = options.rate
+
+    def begin(self, x_BCHW: Tensor) -> State:
+        """A 31-bit number for each image; in training the draws are random instead."""
+        levels_BN = (x_BCHW.flatten(1) * 64).round().long()
+        weights_N = torch.arange(1, levels_BN.shape[1] + 1, device=x_BCHW.device) * 2_654_435_761 % 2_147_483_647
+        return (levels_BN * weights_N).sum(1) % 2_147_483_647
+
+    def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
+        """Independent draws for the parts of unit u, made legal."""
+        spec = self.specs[u]
+        if self.training:
+            draws_BG = torch.rand(len(x_BCHW), spec.parts, device=x_BCHW.device)
+        else:
+            draws_BG = _draws(state, u, spec.parts)
+        return Decision(legal((draws_BG < self.rate - self.price).float(), spec), {}), state
+
+
+def _draws(seed_B: Tensor, u: int, parts: int) -> Tensor:
+    """Uniform numbers in [0, 1) from a whole number each: two rounds of multiply-and-mix, exact on every device."""
+    step_G = torch.arange(u * 64, u * 64 + parts, device=seed_B.device) + 1
+    mixed_BG = (seed_B[:, None] + step_G * 1_640_531_527) % 2_147_483_647
+    for factor in (48_271, 69_621):  # multipliers of well-tested Lehmer generators modulo 2^31 - 1
+        mixed_BG = (mixed_BG ^ (mixed_BG >> 15)) * factor % 2_147_483_647
+    return mixed_BG.double() / 2_147_483_647
+
+
+def phases(net: RoutedNet, options: StaticOptions | RandomOptions) -> Iterator[Phase]:
+    """One phase: the backbone learns under the router's own routes."""
+    yield Phase("train", options.epochs, ("backbone",), cross_entropy, routes=_explored(net))
+
+
+def _explored(net: RoutedNet):  # type: ignore[no-untyped-def]
+    """Random routes must be redrawn in training, but a router that is not trained stands in eval(): draw them here."""
+    router = net.router
+    if not isinstance(router, RandomRouter):
+        return None
+
+    def draw(images: int) -> Tensor:
+        rows = [legal((torch.rand(images, s.parts) < router.rate).float(), s) for s in router.specs]
+        return torch.stack(rows, 1)
+
+    return draw

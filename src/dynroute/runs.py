@@ -1,0 +1,339 @@
+"""From a configuration to a net, from a net to a run folder, from a run folder to result rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynroute import __version__, plugins
+from dynroute.config import CONFIG_FILE, Config, from_text, load_config
+from dynroute.contracts import InputError
+from dynroute.data import Dataset, DataSpec, known_spec, limited, load, loader
+from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint, load_tensors, load_weights
+from dynroute.measure import TOLERANCE, Dial, Scores, evaluate, latency, make_dial
+from dynroute.net import RoutedNet
+from dynroute.records import EVAL_FILE, ROUTES_FILE, EvalRow, merge_eval, read_rows, write_rows, write_text
+
+CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
+LOG_FILE = "log.txt"
+
+
+def build(config: Config, spec: DataSpec) -> RoutedNet:
+    """Backbone and router of a configuration, weights imported where it asks for them, seeded."""
+    torch.manual_seed(config.top.seed)
+    backbone = plugins.find("backbone", config.backbone.name)(spec, config.backbone)
+    if config.backbone.weights:
+        path = Path(config.backbone.weights)
+        backbone.load_dense(dense_state(path / LAST if path.is_dir() else path))
+    router = config.method.router(backbone.specs, config.router, spec.superclasses)
+    return RoutedNet(backbone, router).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def dense_state(path: Path) -> dict[str, torch.Tensor]:
+    """A plain dense state dict, from a file of one or from a checkpoint of this program. Raises InputError."""
+    content = load_tensors(path)
+    if isinstance(content, dict) and "format" in content:
+        source = restore(path)[0].backbone
+        return source.dense_state()
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise InputError(f"{path} holds no state dict of tensors")
+    return content
+
+
+def restore(path: Path) -> tuple[RoutedNet, Config, dict[str, Any]]:
+    """The trained net of a checkpoint, its configuration, and the checkpoint. Needs no data."""
+    content = load_checkpoint(path)
+    meta = content.get("meta", {})
+    try:
+        config = from_text(meta["config"], str(path))
+        names = ("superclass_of", "superclass_names", "class_names", "mean", "std")
+        spec = DataSpec(**{k: tuple(v) if k in names else v for k, v in meta["data"].items()})
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} does not say what it was trained as: written by another program") from None
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
+    net = build(config, spec)
+    load_weights(net, content["model"], path)
+    return net, from_text(meta["config"], str(path)), content
+
+
+def prepare(config: Config) -> torch.device:
+    """Set threads and pick the device. Raises InputError for a device that is not there."""
+    torch.set_num_threads(config.top.threads or len(os.sched_getaffinity(0)))
+    name = config.top.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {name!r} is not usable here; device=cpu always is") from None
+    return device
+
+
+def train(config: Config, folder: Path, *, resume: bool = False, listener: Listener = lambda step: None) -> RoutedNet:
+    """Train a configuration into a run folder. Raises InputError if the folder holds a run and resume is not asked for."""
+    if (folder / LAST).exists():
+        _check_resumable(config, folder, resume)
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no run: choose another name or --out")
+    device = prepare(config)
+    data = _data(config)
+    net = build(config, data.spec).to(device)
+    write_text(folder / CONFIG_FILE, config.yaml(comments=True))
+    log = _log(folder)
+    log.info("dynroute %s torch %s %s commit %s", __version__, torch.__version__, machine(device), commit())
+    log.info("%s: %s on %s, config %s", config.name, config.router_name, config.data.name, config.hash())
+
+    def heard(step: Step) -> None:
+        if step.row:
+            log.info(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in step.row.items()))
+        listener(step)
+
+    meta = {"config": config.yaml(), "data": dataclasses.asdict(data.spec)}
+    phases = list(config.method.phases(net, config.router))
+    workers = config.data.workers
+    try:
+        fit(
+            net, data, phases, config.optim, folder,
+            seed=config.top.seed, workers=workers, meta=meta, resume=resume, listener=heard,
+        )  # fmt: skip
+    except Exception as error:
+        log.info("stopped: %s", error)
+        raise
+    finally:
+        for handler in log.handlers:
+            handler.close()
+        log.handlers.clear()
+    return net
+
+
+def _check_resumable(config: Config, folder: Path, resume: bool) -> None:
+    if not resume:
+        raise InputError(f"{folder} already holds a run: add --resume to go on with it, or choose another name or --out")
+    stored = from_text(load_checkpoint(folder / LAST)["meta"]["config"], str(folder / LAST))
+    if (stored.hash(), stored.top.seed) != (config.hash(), config.top.seed):
+        raise InputError(f"{folder} was trained with another configuration: --resume needs the same one (see {CONFIG_FILE})")
+
+
+def _log(folder: Path) -> logging.Logger:
+    log = logging.getLogger(f"dynroute.{folder.resolve()}")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers = [handler]
+    return log
+
+
+@dataclass
+class Result:
+    """One evaluated setting: its row, the range of shares the dial reaches, and whether the target was missed."""
+
+    row: EvalRow
+    reachable: tuple[float, float] | None
+    missed: bool
+
+
+@dataclass
+class Evaluator:
+    """A trained run made ready to be measured: net, data, dial; each target reuses what earlier ones measured."""
+
+    folder: Path
+    net: RoutedNet
+    config: Config
+    data: Dataset
+    device: torch.device
+    epochs: float
+    dial: Dial
+
+    @classmethod
+    def of(cls, folder: Path, checkpoint: str = "last") -> Evaluator:
+        """Open a run folder. checkpoint: last (the end of the schedule) or best (by accuracy on the calibration split)."""
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a run folder{_nearest(folder)}")
+        path = folder / (BEST if checkpoint == "best" else LAST)
+        net, config, content = restore(path)
+        device = prepare(config)
+        data = _data(config)
+        net = net.to(device).eval()
+        few = limited(data.calibration, CALIBRATED_ON)
+        batches = list(loader(few, data.spec, 256, train=False, device=device, workers=config.data.workers))
+        return cls(folder, net, config, data, device, len(content["rows"]), make_dial(net, batches))
+
+    def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
+        """Set the price for a target on the calibration split (None: the trained point), then measure the split.
+
+        Writes the row into eval.csv and the per-image routes into routes.csv.
+        """
+        price, calibrated = (0.0, None) if target is None else self.dial.find(target)
+        self.net.router.price = price
+        part = self.data.test if split == "test" else self.data.calibration
+        batches = loader(part, self.data.spec, 256, train=False, device=self.device, workers=self.config.data.workers)
+        scores = evaluate(self.net, batches)
+        row = self._row(scores, split, target, price, calibrated)
+        if timed:
+            time = latency(self.net, next(iter(batches)).images)
+            row.latency_ms_p50, row.speedup = time.p50, time.dense_p50 / time.p50
+            row.latency_batch, row.latency_threads, row.latency_device = time.batch, time.threads, time.device
+        merge_eval(self.folder / EVAL_FILE, row)
+        self._write_routes(scores, part, split, target)
+        missed = target is not None and abs(row.macs_share - target) > TOLERANCE
+        return Result(row, self.dial.span() if target is not None else None, missed)
+
+    def _row(self, scores: Scores, split: str, target: float | None, price: float, calibrated: float | None) -> EvalRow:
+        config, cost = self.config, self.net.cost
+        return EvalRow(
+            run=self.folder.name,
+            method=config.router_name,
+            backbone=config.backbone.name,
+            dataset=config.data.name,
+            seed=config.top.seed,
+            split=split,
+            flops_target=target,
+            price=price,
+            share_calib=calibrated,
+            macs_mean=float(scores.macs_N.mean()),
+            macs_p5=scores.macs_at(0.05),
+            macs_p95=scores.macs_at(0.95),
+            macs_dense=cost.dense,
+            macs_share=float(scores.macs_N.mean()) / cost.dense,
+            router_share=cost.router / cost.dense,
+            top1=float(scores.right_N.double().mean()),
+            top5=float(scores.top5_N.double().mean()),
+            loss=float(scores.loss_N.double().mean()),
+            n=len(scores.right_N),
+            routes=scores.routes(),
+            params=inference_parameters(self.net),
+            epochs=self.epochs,
+            weights=Path(config.backbone.weights).name if config.backbone.weights else "",
+            machine=machine(self.device),
+            commit=commit(),
+            config_hash=config.hash(),
+            torch=torch.__version__,
+        )
+
+    def _write_routes(self, scores: Scores, part: Any, split: str, target: float | None) -> None:
+        """One line an image: what it is, what was predicted, what it cost, which parts ran (units between slashes)."""
+        path, asked = self.folder / ROUTES_FILE, "" if target is None else f"{target:.12g}"
+        old = read_rows(path) if path.exists() else []
+        kept: list[dict[str, Any]] = [r for r in old if (r["split"], r["flops_target"]) != (split, asked)]
+        routes = ["/".join("".join(map(str, unit)) for unit in image) for image in scores.keep_NUG.tolist()]
+        columns: dict[str, list[Any]] = {
+            "index": scores.index_N.tolist(),
+            "label": scores.label_N.tolist(),
+            "predicted": scores.predicted_N.tolist(),
+            "loss": scores.loss_N.tolist(),
+            "macs": scores.macs_N.tolist(),
+            "route": routes,
+        }
+        for name in ("superclasses", "difficulty"):
+            if getattr(part, name) is not None:
+                columns[name.removesuffix("es")] = getattr(part, name)[scores.index_N].tolist()
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        write_rows(path, [*kept, *({"split": split, "flops_target": asked, **row} for row in rows)])
+
+
+def _nearest(folder: Path) -> str:
+    import difflib
+
+    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
+    return f"; did you mean {folder.parent / near[0]}?" if near else ""
+
+
+def inference_parameters(net: RoutedNet) -> int:
+    """Parameters that a deployed net needs: classifiers of the category loss are dropped after training."""
+    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("router.category."))
+
+
+def check(config: Config) -> RoutedNet:
+    """Build everything that training would, data included, and return the net."""
+    prepare(config)
+    return build(config, _data(config).spec)
+
+
+def inspect_path(source: Path) -> dict[str, Any]:
+    """`inspect` of a run folder, or of a YAML file, whose data is read only where its name does not tell enough."""
+    if source.is_dir():
+        net, config, _ = restore(source / LAST)
+        return inspect(config, net)
+    config = load_config(source)
+    return inspect(config, build(config, known_spec(config.data) or _data(config).spec))
+
+
+def _data(config: Config) -> Dataset:
+    return load(config.data, make=plugins.find("dataset", config.data.name))
+
+
+def inspect(config: Config, net: RoutedNet) -> dict[str, Any]:
+    """Parameters, multiply-adds per unit, cheapest and dearest route, as plain values."""
+    low, high = net.span()
+    units = [
+        {
+            "name": unit.spec.name,
+            "form": unit.spec.form,
+            "parts": unit.spec.parts,
+            "macs": unit.cost_terms().total,
+            "macs_always": unit.cost_terms().always,
+            "macs_by_part": list(unit.cost_terms().by_part_G),
+            "params": sum(p.numel() for p in unit.parameters()),
+        }
+        for unit in net.backbone.routable
+    ]
+    return {
+        "name": config.name,
+        "method": config.router_name,
+        "backbone": config.backbone.name,
+        "dataset": config.data.name,
+        "params": inference_parameters(net),
+        "params_router": inference_parameters(net) - sum(p.numel() for p in net.backbone.parameters()),
+        "macs_dense": net.cost.dense,
+        "macs_fixed": net.backbone.fixed_macs,
+        "macs_router": net.cost.router,
+        "share_cheapest": low,
+        "share_dearest": high,
+        "units": units,
+    }
+
+
+def commit() -> str:
+    """The commit of the source tree this package runs from, with + where it has local changes; empty if not a checkout."""
+    here = Path(__file__)
+    tracked = _git("ls-files", "--error-unmatch", here.name)  # not a checkout of some other project around us
+    revision = _git("rev-parse", "--short=10", "HEAD")
+    if tracked is None or revision is None:
+        return ""
+    return revision + ("+" if _git("status", "--porcelain", "--", str(here.parent)) else "")
+
+
+def _git(*words: str) -> str | None:
+    """What git prints, or None where it fails or is not installed."""
+    try:
+        run = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def machine(device: torch.device) -> str:
+    """Processor, threads and system, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"

@@ -1,0 +1,167 @@
+"""The papers' reported rows, alone and beside rows made by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynroute import report
+from dynroute.contracts import InputError
+from dynroute.records import merge_eval
+from dynroute.report import Comparison, compare, papers
+from test_report import row
+
+CIFAR = {"dataset": "cifar100", "backbone": "resnet50"}
+
+
+def compared(tmp_path: Path, *names: str, **runs: dict[str, Any]) -> Comparison:
+    """The comparison of runs, each given by what it changes of a row, with papers."""
+    for name, changes in runs.items():
+        merge_eval(tmp_path / name / "eval.csv", row(**{"run": name, "config_hash": name, **changes}))
+    return compare([tmp_path / name for name in runs], tmp_path / "out", names)
+
+
+def reproduced(comparison: Comparison, method: str) -> list[float | None]:
+    (paper,) = comparison.papers
+    return [r["reproduced_top1_error_pct"] for r in paper.rows if r["method"] == method]
+
+
+def test_every_row_of_the_file_is_there(tmp_path: Path) -> None:
+    with papers.REPORTED.open(newline="") as file:
+        counts = Counter(f"{r['paper']}:{r['table']}" for r in csv.DictReader(file))
+    tables = report.paper_tables()
+    assert list(tables) == sorted(counts)
+    comparison = compared(tmp_path, "all")
+    assert {p.name: len(p.rows) for p in comparison.papers} == counts
+    assert all(tables[name].startswith(f"{count} rows, ") for name, count in counts.items())
+    assert tables["dmnn:tab1"] == "22 rows, imagenet; reported by DMNN (Su et al., 2019), Table 1, ResNets"
+    assert {r["certainty"] for p in comparison.papers for r in p.rows} == {
+        "seen",
+        "second-hand",
+        "reconstructed",
+        "digitised",
+    }
+
+
+def test_papers_need_no_runs(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, "dmnn:tab3", "dmnn:tab3")
+    assert [p.name for p in comparison.files] == ["papers.csv", "papers.md", "index.html"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.html", "papers.csv", "papers.md"]
+    assert len(comparison.table) == 0
+    assert [p.name for p in comparison.papers] == ["dmnn:tab3"]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "26.15" in page
+    assert "<svg" not in page
+    assert "| second-hand" in (tmp_path / "out" / "papers.md").read_text()
+
+
+def test_a_match_is_filled(tmp_path: Path) -> None:
+    runs = {
+        "dmnn": {"share": 0.69, "top1": 0.7485, "flops_target": 0.7, **CIFAR},
+        "st": {"share": 1.0, "top1": 0.72, "method": "static", **CIFAR},
+        "narrow": {"share": 0.7, "top1": 0.70, "method": "static", **CIFAR},
+    }
+    comparison = compared(tmp_path, "dmnn:tab3", **runs)
+    (paper,) = comparison.papers
+    full, *_, last = paper.rows
+    assert last["target"] == 0.7
+    assert last["reported_top1_error_pct"] == 26.15
+    assert last["reported_share_pct"] == pytest.approx(78.7)
+    assert last["reproduced_top1_error_pct"] == pytest.approx(25.15)
+    assert last["reproduced_share_pct"] == pytest.approx(69.0)
+    assert last["difference_points"] == pytest.approx(-1.0)
+    assert (last["run"], last["n_seeds"], last["reproduced_top1_error_std"]) == ("dmnn", 1, None)
+    assert full["difference_points"] == pytest.approx(28.0 - 27.55)
+    assert papers.cells(paper)[-1]["difference, points"] == "-1.00"
+    assert "-1" in json.dumps(paper.rows)  # plain numbers throughout
+    assert "-1.00" in (tmp_path / "out" / "index.html").read_text()
+    with (tmp_path / "out" / "papers.csv").open(newline="") as file:
+        assert float(list(csv.DictReader(file))[-1]["difference_points"]) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"flops_target": 0.69},
+        {"flops_target": None},
+        {"dataset": "cifar10"},
+        {"backbone": "resnet101"},
+        {"method": "rnp"},
+    ],
+    ids=str,
+)
+def test_no_match_stays_empty(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = {"share": 0.7, "top1": 0.7485, "flops_target": 0.7, **CIFAR, **changes}
+    comparison = compared(tmp_path, "dmnn:tab3", run=run)
+    assert reproduced(comparison, "dmnn") == [None, None, None]
+    assert reproduced(comparison, "resnet") == [None]
+    assert papers.cells(comparison.papers[0])[-1]["reproduced top-1 error %"] == ""
+
+
+def test_controls_of_others_are_never_filled(tmp_path: Path) -> None:
+    run = {"share": 1.0, "top1": 0.9, "method": "static", "dataset": "imagenet", "backbone": "resnext50"}
+    comparison = compared(tmp_path, "dmnn:tab1", run=run)
+    assert not [r for r in comparison.papers[0].rows if r["run"]]
+
+
+def test_a_figure_matches_by_the_nearest_share(tmp_path: Path) -> None:
+    place = {"dataset": "cifar10", "backbone": "conv4"}
+    runs = {
+        "far": {"share": 0.19, "top1": 0.95, "method": "rnp", **place},  # the better, but 0.019 from 0.171
+        "near": {"share": 0.18, "top1": 0.83, "method": "rnp", **place},
+        "st": {"share": 0.6, "top1": 0.80, "method": "static", **place},
+    }
+    comparison = compared(tmp_path, "rnp:fig-cifar10", **runs)
+    assert reproduced(comparison, "rnp") == [pytest.approx(17.0), None, None, None, None, None]
+    assert reproduced(comparison, "vanilla") == [None, None, None, pytest.approx(20.0), None]
+
+
+def test_top5_is_not_set_against_top1(tmp_path: Path) -> None:
+    run = {"share": 0.34, "top1": 0.7, "method": "rnp", "dataset": "imagenet", "backbone": "vgg16"}
+    (paper,) = compared(tmp_path, "rnp:tab2", run=run).papers
+    filled = next(r for r in paper.rows if r["run"])
+    assert filled["reported_top5_error_increase_points"] == 2.32  # 3x: a share of 1/3
+    assert filled["reproduced_top1_error_pct"] == pytest.approx(30.0)
+    assert filled["difference_points"] is None
+
+
+def test_seeds_state_their_spread(tmp_path: Path) -> None:
+    same = {"share": 0.7, "flops_target": 0.7, "config_hash": "x", **CIFAR}
+    runs = {"d-s0": {"top1": 0.73, "seed": 0, **same}, "d-s1": {"top1": 0.75, "seed": 1, **same}}
+    last = compared(tmp_path, "dmnn:tab3", **runs).papers[0].rows[-1]
+    assert last["n_seeds"] == 2
+    assert last["reproduced_top1_error_pct"] == pytest.approx(26.0)
+    assert last["reproduced_top1_error_std"] == pytest.approx(2**0.5)
+
+
+def test_an_unknown_name_has_a_nearest(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"unknown table of a paper 'dmnn:tab33'; did you mean 'dmnn:tab3'\?"
+    ):
+        compared(tmp_path, "dmnn:tab33")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_works_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from dynroute import report; report.paper_tables(); assert 'pandas' not in sys.modules\n"
+        "from dynroute.cli import main; bad = main(['compare'])\n"
+        f"papers = ['--paper', 'rnp:tab2', '--paper', 'dmnn:tab4', '--out', {str(tmp_path)!r}]\n"
+        "good = main(['compare', *papers, '--json'])\n"
+        "assert 'torch' not in sys.modules; sys.exit(10 * bad + good)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        20,
+        "dynroute: nothing to compare: name runs, or --paper TABLE\n",
+    )
+    answer = json.loads(done.stdout)
+    assert [(p["name"], len(p["rows"])) for p in answer["papers"]] == [("rnp:tab2", 11), ("dmnn:tab4", 5)]
+    assert answer["rows"] == []

@@ -1,0 +1,121 @@
+"""Rows go through their CSV unharmed, and no failure costs a file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dynroute.contracts import InputError
+from dynroute.records import (
+    EVAL_COLUMNS,
+    EvalRow,
+    as_dict,
+    merge_eval,
+    read_eval,
+    read_rows,
+    write_rows,
+    write_text,
+)
+
+ROW = EvalRow(
+    **{
+        "run": "a, b",
+        "method": "dmnn",
+        "backbone": "resnet20",
+        "dataset": "cifar10",
+        "seed": 3,
+        "split": "test",
+    },
+    **{"flops_target": 0.5, "price": 0.25, "share_calib": None, "macs_mean": 20.4e6, "macs_p5": 18e6},
+    **{"macs_p95": 22e6, "macs_dense": 40.8e6, "macs_share": 0.5, "router_share": 0.01, "top1": 0.9173},
+    **{"top5": 0.99, "loss": 0.3, "n": 10000, "routes": 7, "params": 270000, "epochs": 2.5},
+)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    write_rows(tmp_path / "eval.csv", [as_dict(ROW)], EVAL_COLUMNS)
+    assert read_eval(tmp_path / "eval.csv") == [as_dict(ROW)]
+
+
+def test_empty_and_nan_cells(tmp_path: Path) -> None:
+    merge_eval(tmp_path / "eval.csv", replace(ROW, loss=float("nan"), flops_target=None))
+    (row,) = read_eval(tmp_path / "eval.csv")
+    assert math.isnan(row["loss"])
+    assert row["flops_target"] is None
+    assert row["latency_device"] == ""
+
+
+def test_columns_in_the_order_first_seen(tmp_path: Path) -> None:
+    write_rows(tmp_path / "t.csv", [{"b": 1, "a": None}, {"c": 2.0}])
+    assert (tmp_path / "t.csv").read_text() == "b,a,c\n1,,\n,,2\n"
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a.txt", "old\n")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(tmp_path / "a.txt", "new\n")
+    assert (tmp_path / "a.txt").read_text() == "old\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_merge_replaces_the_same_split_and_target(tmp_path: Path) -> None:
+    file = tmp_path / "eval.csv"
+    for row in (
+        ROW,
+        replace(ROW, split="calib"),
+        replace(ROW, flops_target=None),
+        replace(ROW, top1=0.5),
+        replace(ROW, flops_target=None, top1=0.6),
+    ):
+        merge_eval(file, row)
+    found = [(r["split"], r["flops_target"], r["top1"]) for r in read_eval(file)]
+    assert found == [("calib", 0.5, 0.9173), ("test", 0.5, 0.5), ("test", None, 0.6)]
+
+
+def test_merge_into_a_file_with_a_column_too_many(tmp_path: Path) -> None:
+    file = tmp_path / "eval.csv"
+    write_rows(file, [{**as_dict(replace(ROW, split="calib")), "newer": 1}])
+    merge_eval(file, ROW)
+    assert [r["split"] for r in read_eval(file)] == ["calib", "test"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,", "half-written"),
+        ("", "half-written"),
+        ("a,b\n1\n", "do not fit its header"),
+        ("a,b\n1,2,3\n", "do not fit its header"),
+        ("a\n" + "x" * 200_000 + "\n", "not a CSV"),
+    ],
+)
+def test_torn_and_foreign_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_rows(tmp_path / "t.csv")
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read"):
+        read_rows(tmp_path / "none.csv")
+    (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot read"):
+        read_rows(tmp_path / "b.csv")
+
+
+def test_missing_column_and_no_number(tmp_path: Path) -> None:
+    cells = as_dict(ROW)
+    write_rows(tmp_path / "old.csv", [{k: v for k, v in cells.items() if k != "top1"}])
+    with pytest.raises(InputError, match="lacks the columns top1"):
+        read_eval(tmp_path / "old.csv")
+    write_rows(tmp_path / "word.csv", [{**cells, "top1": "high"}])
+    with pytest.raises(InputError, match="top1 is 'high', not a number"):
+        read_eval(tmp_path / "word.csv")

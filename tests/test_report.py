@@ -1,0 +1,323 @@
+"""Tables, pictures and page from rows made by hand."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynroute.contracts import InputError
+from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, write_rows
+from dynroute.report import Comparison, compare, read, to_markdown, to_rich
+from dynroute.report.tables import COLUMNS, FLOPS, cells
+
+DENSE = 40e6
+FILES = [
+    "accuracy_flops.csv",
+    "accuracy_flops.png",
+    "accuracy_flops.svg",
+    "index.html",
+    "table.csv",
+    "table.md",
+]
+
+
+def row(share: float, top1: float, **changes: Any) -> EvalRow:
+    """A row at a share of 40 million multiply-adds."""
+    values: dict[str, Any] = {
+        **{
+            "run": "r",
+            "method": "dmnn",
+            "backbone": "resnet20",
+            "dataset": "cifar10",
+            "seed": 0,
+            "split": "test",
+        },
+        **{"flops_target": None, "price": 0.0, "share_calib": None, "macs_mean": share * DENSE},
+        **{"macs_p5": 0.9 * share * DENSE, "macs_p95": 1.1 * share * DENSE, "macs_dense": DENSE},
+        **{"macs_share": share, "router_share": 0.01, "top1": top1, "top5": 0.99, "loss": 0.3, "n": 10000},
+        **{"routes": 7, "params": 270000, "epochs": 100.0, "config_hash": changes.get("method", "dmnn")},
+    }
+    return EvalRow(**{**values, **changes})
+
+
+def save(root: Path, *rows: EvalRow) -> list[Path]:
+    """A run folder for each run name."""
+    for each in rows:
+        merge_eval(root / each.run / "eval.csv", each)
+    return sorted({root / each.run for each in rows})
+
+
+def table_of(tmp_path: Path, *rows: EvalRow) -> tuple[Comparison, list[dict[str, str]]]:
+    """The comparison of rows, and table.csv as it lies on disk."""
+    comparison = compare(save(tmp_path / "runs", *rows), tmp_path / "out")
+    with (tmp_path / "out" / "table.csv").open(newline="") as file:
+        return comparison, list(csv.DictReader(file))
+
+
+STATIC = [
+    row(s, t, run=f"st{s}", method="static", config_hash=f"st{s}") for s, t in ((0.25, 0.80), (0.75, 0.90))
+]
+
+
+def test_numbers_are_those_of_the_input(tmp_path: Path) -> None:
+    given = row(
+        1 / 3, 0.91737, flops_target=0.33, latency_ms_p50=3.25, speedup=1.5, commit="abc", machine="box"
+    )
+    comparison, (line,) = table_of(tmp_path, given)
+    assert tuple(line) == COLUMNS
+    wanted = as_dict(given)
+    for name in ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1", "top5", "epochs"):
+        assert float(line[name]) == pytest.approx(wanted[name], rel=1e-7), name  # eval.csv holds eight digits
+    for name in ("flops_target", "latency_ms_p50", "speedup"):
+        assert float(line[name]) == wanted[name]
+    assert (line["n"], line["params"], line["n_seeds"], line["seeds"]) == ("10000", "270000", "1", "0")
+    assert (line["commits"], line["machine"], line["reached"], line["top1_std"]) == ("abc", "box", "True", "")
+    assert sorted(p.name for p in comparison.files) == FILES
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
+
+
+def test_seeds_are_pooled(tmp_path: Path) -> None:
+    rows = [row(0.5, t, run=f"d-seed{i}", seed=i, flops_target=0.5) for i, t in enumerate((0.90, 0.91, 0.95))]
+    comparison, (line,) = table_of(tmp_path, *rows)
+    assert float(line["top1"]) == pytest.approx(0.92)
+    assert float(line["top1_std"]) == pytest.approx((0.0014 / 2) ** 0.5)  # squares 0.0004 + 0.0001 + 0.0009
+    assert (line["n_seeds"], line["seeds"], line["label"]) == ("3", "0 1 2", "dmnn")
+    assert cells(comparison.table)[0]["top-1 %"] == "92.00 +- 2.65 (3)"
+    assert cells(comparison.table)[0]["seeds"] == "n=3"
+
+
+def test_targets_and_configurations_are_not_pooled(tmp_path: Path) -> None:
+    rows = [
+        row(0.5, 0.9, run="wide-seed0", config_hash="w"),
+        row(0.5, 0.9, run="wide-seed0", config_hash="w", flops_target=0.5),
+        row(0.5, 0.9, run="thin_s0", config_hash="t"),
+        row(0.5, 0.9, run="thin_s1", config_hash="t", seed=1),
+    ]
+    _, lines = table_of(tmp_path, *rows)
+    assert [(x["label"], x["flops_target"], x["n_seeds"]) for x in lines] == [
+        ("thin", "", "2"),
+        ("wide", "0.5", "1"),
+        ("wide", "", "1"),
+    ]
+
+
+def test_one_name_for_two_configurations_stays_apart(tmp_path: Path) -> None:
+    first = save(tmp_path / "a", row(0.5, 0.9, config_hash="1111111111"))
+    second = save(tmp_path / "b", row(0.5, 0.8, config_hash="2222222222"))
+    table = compare([*first, *second], tmp_path / "out").table
+    assert list(table["label"]) == ["r 111111", "r 222222"]
+
+
+def test_static_control_is_the_chord(tmp_path: Path) -> None:
+    rows = [
+        row(0.5, 0.86, run="a"),
+        row(0.65, 0.87, run="b"),
+        row(0.75, 0.9, run="c"),
+        row(0.8, 0.99, run="d"),
+    ]
+    rows = [row(r.macs_share, r.top1, run=r.run, config_hash=r.run) for r in rows]
+    comparison, lines = table_of(tmp_path, *STATIC, *rows)
+    assert [x["method"] for x in lines] == ["static", "static", "dmnn", "dmnn", "dmnn", "dmnn"]
+    assert [x["static_top1"] for x in lines[:2]] == ["", ""]
+    assert [float(x["static_top1"]) for x in lines[2:5]] == pytest.approx([0.85, 0.88, 0.90])
+    assert [float(x["vs_static"]) for x in lines[2:5]] == pytest.approx([1.0, -1.0, 0.0])
+    assert lines[5]["static_top1"] == lines[5]["vs_static"] == ""  # no static net costs as much
+    shown = [x["vs static"] for x in cells(comparison.table)]
+    assert shown == ["", "", "+1.00", "-1.00 below static", "+0.00 level with static", ""]
+
+
+def test_no_static_control_from_another_backbone(tmp_path: Path) -> None:
+    _, lines = table_of(tmp_path, *STATIC, row(0.5, 0.9, backbone="vgg16"))
+    assert [x["static_top1"] for x in lines] == ["", "", ""]
+
+
+def test_missed_targets_are_marked(tmp_path: Path) -> None:
+    rows = [row(s, 0.9, run=f"r{s}", config_hash=f"r{s}", flops_target=0.5) for s in (0.47, 0.48, 0.52, 0.53)]
+    comparison, lines = table_of(tmp_path, *rows)
+    assert [x["reached"] for x in lines] == ["False", "True", "True", "False"]
+    assert [x["share"] for x in cells(comparison.table)] == [
+        "47.0 % missed",
+        "48.0 %",
+        "52.0 %",
+        "53.0 % missed",
+    ]
+    assert cells(comparison.table)[0][FLOPS] == "18.80 M"
+    assert cells(comparison.table)[0]["target"] == "0.50"
+
+
+def test_latency_of_two_machines_has_no_mean(tmp_path: Path) -> None:
+    clock = {"latency_ms_p50": 4.0, "speedup": 2.0, "config_hash": "x"}
+    rows = [row(0.5, 0.9, run=f"d_s{i}", seed=i, machine=m, **clock) for i, m in enumerate("ab")]
+    _, (line,) = table_of(tmp_path, *rows)
+    assert (line["latency_ms_p50"], line["speedup"], line["machine"]) == ("", "", "a b")
+
+
+def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
+    good, other = save(tmp_path, row(0.5, 0.9, run="good"), row(0.5, 0.9, run="only_calib", split="calib"))
+    text = (good / "eval.csv").read_text()
+    for name, content in (
+        ("half", text[:-20]),
+        ("foreign", "x,y\n1,2\n"),
+        ("header", text.splitlines()[0] + "\n"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.csv").write_text(content)
+    older = {k: v for k, v in as_dict(row(0.5, 0.9)).items() if k != "router_share"}
+    write_rows(tmp_path / "older" / "eval.csv", [older])
+    write_rows(tmp_path / "fresh" / "train.csv", [{"epoch": 1}])
+    paths = [good, other, *(tmp_path / n for n in ("half", "foreign", "header", "older", "fresh"))]
+    rows, left_out = read(paths)
+    assert len(rows) == 1
+    reasons = {item.path.name: item.reason for item in left_out}
+    assert reasons["only_calib"] == "only calibration rows, none of split test"
+    assert "half-written" in reasons["half"]
+    assert reasons["foreign"].startswith("lacks the columns run, method")
+    assert reasons["header"] == "no rows"
+    assert reasons["older"] == "lacks the columns router_share: written by another version or program"
+    assert reasons["fresh"] == f"no eval.csv yet: run `dynroute eval {tmp_path / 'fresh'}`"
+    page = compare(paths, tmp_path / "out")
+    assert page.left_out == left_out
+    for file in ("index.html", "table.md"):
+        assert "half-written" in (tmp_path / "out" / file).read_text()
+
+
+def test_nothing_readable_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"nothing to compare: .*empty: no eval.csv yet") as error:
+        compare([tmp_path / "empty"], tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="give one or more run folders"):
+        compare([], tmp_path / "out")
+
+
+def test_a_wrong_path_names_the_nearest(tmp_path: Path) -> None:
+    save(tmp_path, row(0.5, 0.9, run="dmnn-seed0"))
+    with pytest.raises(InputError, match=r"no such run or file: .*dmn-seed0; did you mean .*dmnn-seed0\?"):
+        compare([tmp_path / "dmn-seed0"], tmp_path / "out")
+
+
+def test_out_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match="cannot write to"):
+        compare(save(tmp_path, row(0.5, 0.9)), tmp_path / "out")
+
+
+def test_folders_of_tables_of_runs_and_single_files(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    rows = [row(0.5, 0.9, run="a"), row(0.6, 0.9, run="b", config_hash="b")]
+    write_rows(results / "both.csv", map(as_dict, rows), EVAL_COLUMNS)
+    (results / "notes.csv").write_text("x\n1\n")
+    save(tmp_path / "runs", *rows)
+    for path in (results, results / "both.csv", tmp_path / "runs", tmp_path / "runs" / "a" / "eval.csv"):
+        found, left_out = read([path])
+        assert {r["run"] for r in found} == ({"a"} if path.name == "eval.csv" else {"a", "b"})
+        assert [item.path.name for item in left_out] == (["notes.csv"] if path == results else [])
+    assert len(compare([results, tmp_path / "runs"], results).table) == 2  # a row given twice is one row
+    assert len(read([results])[1]) == 1  # the tables written there are not read back
+
+
+def test_a_seed_is_counted_once(tmp_path: Path) -> None:
+    paths = save(tmp_path, row(0.5, 0.9, run="a", loss=float("nan")), row(0.5, 0.8, run="again"))
+    rows, left_out = read([*paths, paths[1], tmp_path / "a" / ".." / "again"])
+    assert [r["run"] for r in rows] == ["again"]
+    assert [item.path.name for item in left_out] == ["a"]
+    assert left_out[0].reason.startswith("same configuration, seed and target as")
+    assert read([paths[0], tmp_path / "again" / ".." / "a"])[1] == []  # nan is no difference
+
+
+def test_rows_without_a_number_are_named(tmp_path: Path) -> None:
+    paths = save(tmp_path, row(0.5, 0.9), row(0.5, float("nan"), flops_target=0.5))
+    rows, (missing,) = read(paths)
+    assert len(rows) == 1
+    assert missing.reason == "1 of 2 test rows have no number for top1 or macs_share"
+
+
+def test_nan_elsewhere_is_an_empty_cell(tmp_path: Path) -> None:
+    nan = float("nan")
+    bare = row(
+        0.5, 0.9, top5=nan, loss=nan, macs_p5=nan, macs_p95=nan, router_share=nan, epochs=nan, speedup=nan
+    )
+    file = save(tmp_path / "runs", bare)[0] / "eval.csv"
+    text = file.read_text().replace(",10000,7,270000,", ",,,,")
+    file.write_text(text)
+    comparison = compare([file], tmp_path / "out")
+    line = next(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [line[k] for k in ("top5", "macs_p5", "epochs", "speedup", "n", "params")] == [""] * 6
+    shown = to_markdown(comparison.table)
+    assert "nan" not in shown
+    assert "5-95 %" not in shown
+    assert "<NA>" not in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_two_calls_write_the_same_bytes(tmp_path: Path) -> None:
+    rows = [row(0.5, 0.86 + i / 100, run=f"a_s{i}", seed=i) for i in range(2)]
+    paths = save(tmp_path, *STATIC, *rows, row(0.4, 0.7, run="v", backbone="vgg16"))
+    first = compare(paths, tmp_path / "one").files
+    second = compare(paths[::-1], tmp_path / "two").files
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+
+
+@pytest.mark.parametrize("name", ["<b>x", "_hidden", "a|b", "$x_{$", "[red]x", "--> <script>"])
+def test_strange_names_are_only_text(tmp_path: Path, name: str) -> None:
+    rows = [row(0.5, 0.9, run=name, config_hash="1"), row(0.6, 0.9, run="plain", config_hash="2")]
+    for i, each in enumerate(rows):
+        merge_eval(tmp_path / str(i) / "eval.csv", each)
+    table = compare([tmp_path / "0", tmp_path / "1"], tmp_path / "out").table
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "<b>x" not in html
+    assert "<script" not in html
+    assert ("&lt;b&gt;x" in html) == (name == "<b>x")
+    lines = to_markdown(table).splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    shown = "".join(str(cell) for cell in to_rich(table).columns[1].cells)
+    assert name in shown
+
+
+def test_the_picture_has_its_numbers_beside_it(tmp_path: Path) -> None:
+    table_of(tmp_path, *STATIC, row(0.5, 0.86))
+    lines = list(csv.DictReader((tmp_path / "out" / "accuracy_flops.csv").open()))
+    assert [(x["series"], float(x["share"]), float(x["top1"])) for x in lines] == [
+        ("static", 0.25, 0.80),
+        ("static", 0.75, 0.90),
+        ("dmnn", 0.5, 0.86),
+    ]
+    assert [float(lines[2][k]) for k in ("share_p5", "share_p95")] == pytest.approx([0.45, 0.55])
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    table_of(tmp_path, *STATIC, row(0.5, 0.86))
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert html.count("<svg") == 1
+    for tag in ("<script", "<link", "<img", "@import", "src="):
+        assert tag not in html
+    assert FLOPS in html
+
+
+def test_twenty_runs_quickly_and_without_torch(tmp_path: Path) -> None:
+    methods = ("static", "rnp", "rnr", "dmnn", "aig")
+    rows = [
+        row(t, 0.8 + t / 10, run=f"{m}-seed{s}", method=m, seed=s, flops_target=t)
+        for m in methods
+        for s in range(4)
+        for t in (0.25, 0.5, 0.75, 1.0)
+    ]
+    save(tmp_path / "runs", *rows)
+    code = (
+        "import sys; from pathlib import Path; import dynroute.report as r\n"
+        "assert not {'pandas', 'matplotlib', 'rich'} & set(sys.modules), 'slow to start'\n"
+        f"n = len(r.compare([Path({str(tmp_path / 'runs')!r})], Path({str(tmp_path / 'out')!r})).table)\n"
+        "assert 'torch' not in sys.modules; print(n)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["20"]
+    assert time.perf_counter() - start < 15  # about two seconds when the machine is idle
