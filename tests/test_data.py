@@ -84,9 +84,7 @@ def test_difficulty_lowers_the_contrast_and_raises_the_noise() -> None:
     assert split.difficulty is not None
     images = split.images[split.labels == 0].float() / 255  # discs: large and filled
     fifth = (split.difficulty[split.labels == 0] * 5).long()
-    smooth = torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2), 3, 1).flatten(
-        2
-    )  # most noise averaged out
+    smooth = torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2), 3, 1).flatten(2)  # most noise averaged out
     background = smooth.median(dim=2, keepdim=True).values
     contrast = (smooth - background).abs().amax(dim=1).quantile(0.9, dim=1)
     corner = images[:, :4, :4]  # nearly always background: what varies there is noise
@@ -219,9 +217,7 @@ def test_only_a_last_training_batch_of_one_is_dropped(count: int, train: bool, s
 
 
 def test_labels_superclasses_and_index_stay_with_their_images() -> None:
-    split = Split(
-        torch.arange(40).repeat_interleave(192).reshape(40, 8, 8, 3).to(torch.uint8), torch.arange(40) % 2
-    )
+    split = Split(torch.arange(40).repeat_interleave(192).reshape(40, 8, 8, 3).to(torch.uint8), torch.arange(40) % 2)
     split.superclasses = torch.arange(40)
     spec = DataSpec("tiny", 8, 2, ("a", "b"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     for batch in loader(split, spec, 16, train=True):
@@ -307,9 +303,7 @@ def test_the_rows_are_the_promised_ones() -> None:
 # --- npz ----------------------------------------------------------------------------------------------------
 
 
-def arrays(
-    train: int = 40, test: int = 12, shape: tuple[int, ...] = (10, 10, 3), classes: int = 4
-) -> dict[str, Any]:
+def arrays(train: int = 40, test: int = 12, shape: tuple[int, ...] = (10, 10, 3), classes: int = 4) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     made: dict[str, Any] = {}
     for name, count in (("train", train), ("test", test)):
@@ -346,9 +340,7 @@ def test_npz_gray_is_repeated(tmp_path: Path, shape: tuple[int, ...]) -> None:
     assert isinstance(data.test, Split)
     assert data.test.images.shape == (12, 10, 10, 3)
     for channel in range(3):
-        np.testing.assert_array_equal(
-            data.test.images[..., channel].numpy().reshape(12, *shape), made["test_images"]
-        )
+        np.testing.assert_array_equal(data.test.images[..., channel].numpy().reshape(12, *shape), made["test_images"])
     assert data.train.labels.shape == (36,)
     images, _ = epoch_of(data.train, data.spec)
     assert images.shape == (36, 3, 10, 10)
@@ -467,9 +459,7 @@ def image_folder(root: Path, parts: tuple[str, ...] = ("train", "val"), each: in
 
 
 def load_folder(path: Path, **options: Any) -> Dataset:
-    return load(
-        DataOptions(**{"name": "folder", "path": str(path), "image_size": 16, "calibration": 0.25, **options})
-    )
+    return load(DataOptions(**{"name": "folder", "path": str(path), "image_size": 16, "calibration": 0.25, **options}))
 
 
 def test_folder_of_mixed_images_is_decoded_into_memory(tmp_path: Path) -> None:
@@ -570,9 +560,7 @@ def test_each_file_of_an_epoch_gets_its_own_crop(tmp_path: Path, monkeypatch: py
     assert len(torch.unique(plain, dim=0)) == 1
 
 
-def test_an_unreadable_image_is_named_in_memory_and_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_image_is_named_in_memory_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder(tmp_path)
     noisy = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     bad = root / "val" / "red" / "cut.png"
@@ -672,9 +660,7 @@ def test_cifar_through_torchvision(
     assert capsys.readouterr().out == ""  # stdout belongs to the command
 
 
-@pytest.mark.parametrize(
-    "problem", [OSError("no route\nto host"), RuntimeError("File not found or corrupted.")]
-)
+@pytest.mark.parametrize("problem", [OSError("no route\nto host"), RuntimeError("File not found or corrupted.")])
 def test_a_failed_cifar_download_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
 ) -> None:

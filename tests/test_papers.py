@@ -142,9 +142,7 @@ def test_seeds_state_their_spread(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_has_a_nearest(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"unknown table of a paper 'dmnn:tab33'; did you mean 'dmnn:tab3'\?"
-    ):
+    with pytest.raises(InputError, match=r"unknown table of a paper 'dmnn:tab33'; did you mean 'dmnn:tab3'\?"):
         compared(tmp_path, "dmnn:tab33")
     assert not (tmp_path / "out").exists()
 

@@ -60,15 +60,11 @@ def table_of(tmp_path: Path, *rows: EvalRow) -> tuple[Comparison, list[dict[str,
         return comparison, list(csv.DictReader(file))
 
 
-STATIC = [
-    row(s, t, run=f"st{s}", method="static", config_hash=f"st{s}") for s, t in ((0.25, 0.80), (0.75, 0.90))
-]
+STATIC = [row(s, t, run=f"st{s}", method="static", config_hash=f"st{s}") for s, t in ((0.25, 0.80), (0.75, 0.90))]
 
 
 def test_numbers_are_those_of_the_input(tmp_path: Path) -> None:
-    given = row(
-        1 / 3, 0.91737, flops_target=0.33, latency_ms_p50=3.25, speedup=1.5, commit="abc", machine="box"
-    )
+    given = row(1 / 3, 0.91737, flops_target=0.33, latency_ms_p50=3.25, speedup=1.5, commit="abc", machine="box")
     comparison, (line,) = table_of(tmp_path, given)
     assert tuple(line) == COLUMNS
     wanted = as_dict(given)
@@ -241,9 +237,7 @@ def test_rows_without_a_number_are_named(tmp_path: Path) -> None:
 
 def test_nan_elsewhere_is_an_empty_cell(tmp_path: Path) -> None:
     nan = float("nan")
-    bare = row(
-        0.5, 0.9, top5=nan, loss=nan, macs_p5=nan, macs_p95=nan, router_share=nan, epochs=nan, speedup=nan
-    )
+    bare = row(0.5, 0.9, top5=nan, loss=nan, macs_p5=nan, macs_p95=nan, router_share=nan, epochs=nan, speedup=nan)
     file = save(tmp_path / "runs", bare)[0] / "eval.csv"
     text = file.read_text().replace(",10000,7,270000,", ",,,,")
     file.write_text(text)

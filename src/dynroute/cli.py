@@ -16,7 +16,7 @@ from dynroute.contracts import InputError
 if TYPE_CHECKING:
     from dynroute.fit import Step
 
-USAGE_ERROR = typer.BadParameter.__bases__[0]  # click's UsageError, which newer Typers carry inside
+USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which newer Typers carry inside
 MISSED = 3  # exit status where a FLOPs target was not reached
 app = typer.Typer(
     name="dynroute",
@@ -65,7 +65,9 @@ class TrainCommand(typer.core.TyperCommand):
 
 
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     """Train, evaluate and compare image classifiers that choose, per image, which parts of themselves to run."""
     if version:
         print(f"dynroute {__version__}")
@@ -77,9 +79,15 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Configuration keys.")] = None,
     config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of configuration keys.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/NAME].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder to the same result.")] = False,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole configuration and exit.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build data and net, print their size, do not train.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in that folder to the same result.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration and exit.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build data and net, print their size, do not train.")
+    ] = False,
 ) -> None:
     """Train a router; with nothing else, DMNN on the embedded shapes data in about a minute."""
     from dynroute import runs
@@ -107,17 +115,22 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder of a trained net.")],
     flops_target: Annotated[
         list[float] | None,
-        typer.Option("--flops-target", metavar="X", help="Share of the dense net's multiply-adds, 0 < X <= 1; repeatable."),
+        typer.Option(
+            "--flops-target",
+            metavar="X",
+            help="Share of the dense net's multiply-adds, 0 < X <= 1; repeatable.",
+        ),
     ] = None,
     split: Annotated[Split, typer.Option("--split", help="Which split the row is about.")] = Split.test,
     timed: Annotated[bool, typer.Option("--latency", help="Also measure milliseconds per image at batch 1.")] = False,
     checkpoint: Annotated[
-        Checkpoint, typer.Option("--checkpoint", help="last: end of the schedule; best: by accuracy on calibration.")
+        Checkpoint,
+        typer.Option("--checkpoint", help="last: end of the schedule; best: by accuracy on calibration."),
     ] = Checkpoint.last,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run, at its trained point or at FLOPs targets fitted on the calibration split (exit status 3 if missed)."""
-    targets: list[float | None] = list(flops_target or [None])
+    targets: list[float | None] = [*flops_target] if flops_target else [None]
     for target in targets:
         if target is not None and not 0 < target <= 1:
             raise InputError(f"--flops-target is a share of the dense net's multiply-adds, 0 < X <= 1, not {target}")
@@ -142,12 +155,13 @@ def evaluate(
 @app.command()
 def compare(
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run folders, folders of CSVs, or eval CSVs.")
+        list[Path] | None,
+        typer.Argument(metavar="RUN", help="Run folders, folders of CSVs, or eval CSVs."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for tables, plots and page.")] = Path("comparison"),
     paper: Annotated[
         list[str] | None,
-        typer.Option("--paper", metavar="TABLE", help="Set a paper's reported rows beside the runs; repeatable, or all."),
+        typer.Option("--paper", metavar="TABLE", help="Add a paper's reported rows; repeatable, or all."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -195,7 +209,8 @@ def inspect_command(
 
 @app.command("list")
 def list_command(
-    kind: Annotated[Kind | None, typer.Argument(help="What to list [default: everything].")] = None, as_json: Json = False
+    kind: Annotated[Kind | None, typer.Argument(help="What to list [default: everything].")] = None,
+    as_json: Json = False,
 ) -> None:
     """Name the routers, backbones, data sets, papers' tables and experiments there are."""
     from dynroute import catalogue
@@ -220,7 +235,11 @@ class Progress:
         if sys.stdout.isatty():
             from rich import progress
 
-            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TextColumn("{task.fields[loss]}"))
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.TextColumn("{task.fields[loss]}"),
+            )
             self.bar = progress.Progress(*columns, progress.TimeRemainingColumn(), transient=True)
             self.bar.start()
             self.task = self.bar.add_task("starting", total=None, loss="")
@@ -239,8 +258,9 @@ class Progress:
         if step.row:
             say = self.bar.console.print if self.bar else print
             row = step.row
+            learned = f"loss {row['loss']:.3f}, calibration top-1 {row['calib_top1']:.3f}"
             routed = f"share {row['calib_share']:.3f}, {row['calib_routes']} routes"
-            say(f"{name}: loss {row['loss']:.3f}, calibration top-1 {row['calib_top1']:.3f}, {routed}, {row['images_per_s']:.0f} img/s")
+            say(f"{name}: {learned}, {routed}, {row['images_per_s']:.0f} img/s")
             sys.stdout.flush()
 
 
@@ -249,7 +269,18 @@ def print_results(results: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    heads = ("target", "FLOPs (multiply-adds)", "share", "on calib", "p5-p95", "router", "top-1 %", "top-5 %", "routes", "n")
+    heads = (
+        "target",
+        "FLOPs (multiply-adds)",
+        "share",
+        "on calib",
+        "p5-p95",
+        "router",
+        "top-1 %",
+        "top-5 %",
+        "routes",
+        "n",
+    )
     table = Table(title=f"{results[0].row.run} ({results[0].row.split})")
     timed = results[0].row.latency_ms_p50 is not None
     for head in (*heads, *(("ms/image", "speed-up") if timed else ())):
@@ -277,7 +308,9 @@ def print_inspection(info: dict[str, Any]) -> None:
     print(f"{info['name']}: {info['method']} on {info['backbone']}, {info['dataset']}")
     print(f"parameters            {info['params']:,} (router {info['params_router']:,})")
     print(f"FLOPs (multiply-adds) dense {info['macs_dense']:,.0f}; stem and head {info['macs_fixed']:,.0f}")
-    print(f"router                {info['macs_router']:,.0f} ({100 * info['macs_router'] / info['macs_dense']:.2f} % of dense)")
+    print(
+        f"router                {info['macs_router']:,.0f} ({100 * info['macs_router'] / info['macs_dense']:.2f} % of dense)"
+    )
     print(f"share                 cheapest route {info['share_cheapest']:.3f}, dearest {info['share_dearest']:.3f}")
     print(f"{'unit':<12} {'form':<8} {'parts':>5} {'multiply-adds':>14} {'parameters':>11}")
     for u in info["units"]:
@@ -289,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments, standalone_mode=False) or 0
     except USAGE_ERROR as error:
-        return _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+        return _fail(error.format_message(), 2)
     except InputError as error:
         return _fail(" ".join(str(error).split()), 2)
     except (KeyboardInterrupt, typer.Abort):

@@ -55,7 +55,8 @@ class Config:
     @property
     def method(self) -> Method:
         """The row of ROUTERS (or of a plug-in)."""
-        return plugins.find("router", self.router_name)  # type: ignore[no-any-return]
+        found: Method = plugins.find("router", self.router_name)
+        return found
 
     @property
     def name(self) -> str:
@@ -111,17 +112,28 @@ def from_text(text: str, source: str) -> Config:
 def from_values(values: dict[str, Any], source: str) -> Config:
     """A configuration from nested plain values. Raises InputError naming the source."""
     top = {k: values.pop(k) for k in list(values) if not isinstance(values[k], dict)}
-    sections: dict[str, type] = {"data": DataOptions, "backbone": BackboneOptions, "router": object, "optim": OptimOptions}
+    sections: dict[str, type] = {
+        "data": DataOptions,
+        "backbone": BackboneOptions,
+        "router": object,
+        "optim": OptimOptions,
+    }
     keys = [*sections, *(f.name for f in dataclasses.fields(TopOptions))]
     for key in [*values, *top]:
         if key not in keys or (key in sections) != (key in values):
-            raise _bad_key(key, keys, source) if key not in keys else InputError(f"{source}: {key} has the wrong kind of value")
+            raise (
+                _bad_key(key, keys, source)
+                if key not in keys
+                else InputError(f"{source}: {key} has the wrong kind of value")
+            )
     router = dict(values.get("router", {}))
     name = router.pop("name", "dmnn")
     options = plugins.find("router", str(name)).options
     made = {s: _build(s, cls, values.get(s, {}), source) for s, cls in sections.items() if s != "router"}
     built = _build("router", options, router, source)
-    config = Config(_build("", TopOptions, top, source), made["data"], made["backbone"], str(name), built, made["optim"])
+    config = Config(
+        _build("", TopOptions, top, source), made["data"], made["backbone"], str(name), built, made["optim"]
+    )
     _check(config)
     config.backbone = config.backbone.resolved(config.method.unit)
     return config
@@ -137,7 +149,9 @@ def _check(config: Config) -> None:
         raise InputError(f"name must be a plain folder name of letters, digits and . _ + = -, not {config.name!r}")
     needed = config.method.unit
     if needed != "any" and config.backbone.unit not in ("auto", needed):
-        raise InputError(f"router {config.router_name!r} needs backbone.unit={needed} (or auto), not {config.backbone.unit!r}")
+        raise InputError(
+            f"router {config.router_name!r} needs backbone.unit={needed} (or auto), not {config.backbone.unit!r}"
+        )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -231,11 +245,18 @@ def describe_fields() -> str:
     lines = ["Configuration keys (dataclass defaults < YAML < command line):"]
     for section, note, cls in sections:
         lines += ["", f"[{section or 'top'}]{note}"]
-        lines += ["  router.name = dmnn\n      Which method; `dynroute list routers` names them."] if note and "static" in note else []
+        lines += (
+            ["  router.name = dmnn\n      Which method; `dynroute list routers` names them."]
+            if note and "static" in note
+            else []
+        )
         sentences = field_sentences(cls)
         for f in dataclasses.fields(cls):
             key = f"{section}.{f.name}" if section else f.name
-            lines += [f"  {key} = {json.dumps(getattr(cls, f.name, None))}", f"      {sentences.get(f.name, '')}"]
+            lines += [
+                f"  {key} = {json.dumps(getattr(cls, f.name, None))}",
+                f"      {sentences.get(f.name, '')}",
+            ]
     return "\n".join(lines)
 
 

@@ -80,7 +80,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     superclasses: Tensor | None
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field of that name hides tuple.index, which no one needs
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""

@@ -46,7 +46,12 @@ class NetCost(nn.Module):
     part_UG: Tensor
 
     def __init__(
-        self, terms: Sequence[CostTerms], reads: Sequence[int | None], fixed: float, router: float, dense: float
+        self,
+        terms: Sequence[CostTerms],
+        reads: Sequence[int | None],
+        fixed: float,
+        router: float,
+        dense: float,
     ) -> None:
         super().__init__()
         parts = max(len(t.by_part_G) for t in terms)

@@ -25,7 +25,9 @@ from dynroute.records import TRAIN_FILE, write_rows
 from dynroute.routers import Phase, ranged
 
 LAST, BEST = "last.pt", "best.pt"
-WATCHED = 2500  # calibration images looked at after every epoch; their mean share transfers to test within 0.01 (measured)
+WATCHED = (
+    2500  # calibration images looked at after every epoch; their mean share transfers to test within 0.01 (measured)
+)
 FORMAT = 1  # of checkpoints
 
 
@@ -92,7 +94,8 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train through all phases, writing train.csv, last.pt and best.pt; returns the rows of train.csv.
 
-    meta: plain values kept in the checkpoints (configuration, data). resume: continue from last.pt, if there is one. Raises Diverged on a loss that is not finite.
+    meta: plain values kept in the checkpoints (configuration, data). resume: continue from last.pt, if there is one.
+    Raises Diverged on a loss that is not finite.
     """
     done = load_checkpoint(folder / LAST) if resume and (folder / LAST).exists() else None
     rows: list[dict[str, Any]] = list(done["rows"]) if done else []
@@ -178,17 +181,24 @@ class _Part:
         loss = torch.stack(list(terms.values())).sum()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         right = (out.logits_BK.argmax(1) == batch.labels).float().mean()
         share = out.macs_B.detach().mean() / self.net.cost.dense
-        return {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}, "top1": right, "share": share}
+        return {
+            "loss": loss.detach(),
+            **{k: v.detach() for k, v in terms.items()},
+            "top1": right,
+            "share": share,
+        }
 
     def _finite(self, sums: dict[str, Tensor], steps: int) -> float:
         loss = float(sums["loss"]) / steps
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} in phase {self.phase.name!r}: the last good checkpoint is kept; lower optim.lr")
+            raise Diverged(
+                f"the loss is {loss} in phase {self.phase.name!r}: the last good checkpoint is kept; lower optim.lr"
+            )
         return loss
 
     def _row(self, epoch: int, means: dict[str, float], seconds: float) -> dict[str, Any]:
@@ -231,7 +241,13 @@ def make_optimizers(
 
 def split_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(weights of convolutions and linear layers, everything else)."""
-    decayed = [m.weight for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    decayed: list[nn.Parameter] = [
+        p
+        for m in module.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+        for n, p in m.named_parameters()
+        if n == "weight"
+    ]
     known = {id(p) for p in decayed}
     return decayed, [p for p in module.parameters() if id(p) not in known]
 
@@ -305,5 +321,3 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[1:2] or [str(error)]
         raise InputError(f"{path} does not fit this architecture: {reason[0].strip()}") from None
-
-

@@ -5,6 +5,7 @@ B images, N images of a split, U units, G parts, K classes. A share is a part of
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynroute.contracts import Batch
+from dynroute.contracts import Batch, Output
 from dynroute.net import RoutedNet
 from dynroute.skipping import FastNet
 
@@ -44,19 +45,19 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(net: RoutedNet, batches: Iterable[Batch], run: Callable[[Tensor], object] | None = None) -> Scores:
+def evaluate(net: RoutedNet, batches: Iterable[Batch], run: Callable[[Tensor], Output] | None = None) -> Scores:
     """Run the net in eval mode (no noise, no exploration) over batches on its device. run: another executor, as FastNet."""
     was_training = net.training
     net.eval()
     rows: list[tuple[Tensor, ...]] = []
     for batch in batches:
         out = (run or net)(batch.images)
-        logits = out.logits_BK.float()  # type: ignore[attr-defined]
+        logits = out.logits_BK.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == batch.labels[:, None]
         losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        keep = out.trace.keep_BUG.to(torch.uint8)  # type: ignore[attr-defined]
-        macs = out.macs_B.expand(len(logits))  # type: ignore[attr-defined]
+        keep = out.trace.keep_BUG.to(torch.uint8)
+        macs = out.macs_B.expand(len(logits))
         rows.append((best[:, 0], batch.labels, hits[:, 0], hits.any(1), losses, macs, keep, batch.index))
     net.train(was_training)
     return Scores(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)))
@@ -106,7 +107,7 @@ class Dial:
         prices = sorted(self.seen)
         pairs = [
             (a, b)
-            for a, b in zip(prices, prices[1:], strict=False)
+            for a, b in itertools.pairwise(prices)
             if min(self.seen[a], self.seen[b]) <= target <= max(self.seen[a], self.seen[b])
         ]
         return min(pairs, key=lambda p: abs(self.seen[p[0]] - self.seen[p[1]]), default=(None, None))

@@ -47,7 +47,9 @@ class RoutedNet(nn.Module):
     def span(self) -> tuple[float, float]:
         """Shares of the dense net's MACs of the cheapest and the dearest legal route, router included."""
         lowest, highest = (torch.stack([e[i] for e in map(_extremes, self.backbone.specs)]) for i in (0, 1))
-        ends = self.cost(torch.stack([_padded(lowest, self.parts), _padded(highest, self.parts)]).to(self.cost.part_UG.device))
+        ends = self.cost(
+            torch.stack([_padded(lowest, self.parts), _padded(highest, self.parts)]).to(self.cost.part_UG.device)
+        )
         return float(ends[0]) / self.cost.dense, float(ends[1]) / self.cost.dense
 
     def _given(self, x_BCHW: Tensor, keep_BUG: Tensor) -> Output:

@@ -115,9 +115,7 @@ def read_eval(path: Path) -> list[dict[str, Any]]:
     rows = read_rows(path)
     missing = [c for c in EVAL_COLUMNS if rows and c not in rows[0]]
     if missing:
-        raise InputError(
-            f"{path} lacks the columns {', '.join(missing)}: written by another version or program"
-        )
+        raise InputError(f"{path} lacks the columns {', '.join(missing)}: written by another version or program")
     return [{c: _value(path, c, row[c]) for c in EVAL_COLUMNS} for row in rows]
 
 

@@ -34,7 +34,7 @@ def build(config: Config, spec: DataSpec) -> RoutedNet:
         path = Path(config.backbone.weights)
         backbone.load_dense(dense_state(path / LAST if path.is_dir() else path))
     router = config.method.router(backbone.specs, config.router, spec.superclasses)
-    return RoutedNet(backbone, router).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return RoutedNet(backbone, router).to(memory_format=torch.channels_last)
 
 
 def dense_state(path: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +57,8 @@ def restore(path: Path) -> tuple[RoutedNet, Config, dict[str, Any]]:
     try:
         config = from_text(meta["config"], str(path))
         names = ("superclass_of", "superclass_names", "class_names", "mean", "std")
-        spec = DataSpec(**{k: tuple(v) if k in names else v for k, v in meta["data"].items()})
+        values: dict[str, Any] = {k: tuple(v) if k in names else v for k, v in meta["data"].items()}
+        spec = DataSpec(**values)
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path} does not say what it was trained as: written by another program") from None
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
@@ -119,10 +120,14 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
 
 def _check_resumable(config: Config, folder: Path, resume: bool) -> None:
     if not resume:
-        raise InputError(f"{folder} already holds a run: add --resume to go on with it, or choose another name or --out")
+        raise InputError(
+            f"{folder} already holds a run: add --resume to go on with it, or choose another name or --out"
+        )
     stored = from_text(load_checkpoint(folder / LAST)["meta"]["config"], str(folder / LAST))
     if (stored.hash(), stored.top.seed) != (config.hash(), config.top.seed):
-        raise InputError(f"{folder} was trained with another configuration: --resume needs the same one (see {CONFIG_FILE})")
+        raise InputError(
+            f"{folder} was trained with another configuration: --resume needs the same one (see {CONFIG_FILE})"
+        )
 
 
 def _log(folder: Path) -> logging.Logger:

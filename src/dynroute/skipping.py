@@ -57,7 +57,7 @@ class FastNet:
         for image, (own, read) in enumerate(zip(rows, above, strict=True)):
             groups.setdefault((u, tuple(own), None if read is None else tuple(read)), []).append(image)
         if len(groups) == 1:
-            return self._narrow(next(iter(groups)))(x_BCHW)  # type: ignore[no-any-return]
+            return self._narrow(next(iter(groups)))(x_BCHW)
         out_BCHW = None
         x_BHWC = x_BCHW.permute(0, 2, 3, 1)  # indexing a channels_last tensor would fall back to NCHW
         for key, images in groups.items():

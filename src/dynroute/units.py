@@ -57,7 +57,7 @@ class Reorder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """The gradient in the original order."""
         order_B, inverse_B = ctx.saved_tensors
-        return Reorder.apply(grads[0], inverse_B, order_B), None, None  # type: ignore[no-untyped-call]
+        return Reorder.apply(grads[0], inverse_B, order_B), None, None
 
 
 class WidthNorm(nn.Module):
@@ -105,9 +105,9 @@ class WidthNorm(nn.Module):
             return self._one(y_BCHW, counts.index(len(width_B)), True)
         order_B = width_B.argsort(stable=True)
         inverse_B = order_B.argsort()
-        runs = Reorder.apply(y_BCHW, order_B, inverse_B).split(counts)  # type: ignore[no-untyped-call]
+        runs = Reorder.apply(y_BCHW, order_B, inverse_B).split(counts)
         done = [self._one(run, w, counts[w] >= FEW) for w, run in enumerate(runs) if counts[w]]
-        return Reorder.apply(torch.cat(done), inverse_B, order_B)  # type: ignore[no-untyped-call, no-any-return]
+        return Reorder.apply(torch.cat(done), inverse_B, order_B)
 
     def _one(self, y_BCHW: Tensor, width: int, batch_statistics: bool) -> Tensor:
         running = (self.running_mean[width - 1], self.running_var[width - 1])  # views: updated in place
@@ -147,17 +147,14 @@ def make_shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -
     if kind == "A":
         new = out_channels - in_channels
         return Subsample(stride, new // 2, new - new // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
 def sliced_conv(conv: nn.Conv2d, outputs: slice, inputs: slice) -> nn.Conv2d:
     """A smaller convolution (no groups) with the weights of the given output and input channels."""
     weight = conv.weight.detach()[outputs, inputs]
-    small = nn.Conv2d(
-        weight.shape[1], weight.shape[0], conv.kernel_size, conv.stride, conv.padding, bias=False  # type: ignore[arg-type]
-    )
+    sizes: dict[str, Any] = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
+    small = nn.Conv2d(weight.shape[1], weight.shape[0], bias=False, **sizes)
     small.weight.data = weight.clone(memory_format=torch.preserve_format)
     return small
 
@@ -289,9 +286,8 @@ class PathBasic(BasicUnit):
             return Residual(self.shortcut, None)
         starts = [sum(self.sizes[:g]) for g in opened]
         rows = torch.cat([torch.arange(s, s + self.sizes[g]) for s, g in zip(starts, opened, strict=True)])
-        first = nn.Conv2d(
-            self.spec.in_channels, len(rows), 3, self.conv1.stride, 1, bias=False  # type: ignore[arg-type]
-        ).to(self.conv1.weight.device)
+        stride: Any = self.conv1.stride
+        first = nn.Conv2d(self.spec.in_channels, len(rows), 3, stride, 1, bias=False).to(self.conv1.weight.device)
         first.weight.data = self.conv1.weight.detach()[rows]
         norm = nn.BatchNorm2d(len(rows), eps=self.bn1.eps).to(first.weight.device)
         for name in STATISTICS:

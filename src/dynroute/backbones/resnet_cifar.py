@@ -76,7 +76,9 @@ class CifarResNet(Backbone):
             assert isinstance(unit, BasicUnit)
             _import_block(unit, unit.spec.name, state, take)
         if left:
-            raise InputError(f"backbone.weights: {min(left)!r} has no place in this backbone: another depth or shortcut")
+            raise InputError(
+                f"backbone.weights: {min(left)!r} has no place in this backbone: another depth or shortcut"
+            )
 
     def dense_state(self) -> dict[str, Tensor]:
         """The plain net under the names that `load_dense` reads; only for blocks cut into channel groups."""
@@ -89,7 +91,10 @@ class CifarResNet(Backbone):
             name = unit.spec.name
             out |= {f"{name}.conv1.weight": unit.conv1.weight, f"{name}.conv2.weight": unit.conv2.weight}
             for key in STATISTICS:
-                out |= {f"{name}.bn1.{key}": getattr(unit.bn1, key), f"{name}.bn2.{key}": getattr(unit.bn2, key)[-1]}
+                out |= {
+                    f"{name}.bn1.{key}": getattr(unit.bn1, key),
+                    f"{name}.bn2.{key}": getattr(unit.bn2, key)[-1],
+                }
             if isinstance(unit.shortcut, nn.Sequential):
                 out |= {f"{name}.shortcut.{k}": v for k, v in unit.shortcut.state_dict().items()}
         return {key: value.detach() for key, value in out.items()}
@@ -128,11 +133,11 @@ def _split_last(unit: PathBasic, name: str, rank: Tensor, take) -> None:  # type
         tensor.copy_(tensor[mixed].clone())
     order = rank[mixed].split(unit.sizes)
     for g, (conv, norm) in enumerate(zip(unit.conv2, unit.bn2, strict=True)):
-        take(conv.weight, f"{name}.conv2.weight", order[g], 1)  # type: ignore[arg-type]
+        take(conv.weight, f"{name}.conv2.weight", order[g], 1)
         for key in STATISTICS:
             take(getattr(norm, key), f"{name}.bn2.{key}")
-        norm.running_mean.div_(parts)  # type: ignore[operator, union-attr]
-        norm.bias.div_(parts)  # type: ignore[operator, union-attr]
+        norm.running_mean.div_(parts)
+        norm.bias.div_(parts)
 
 
 def contribution(conv1: Tensor, conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

@@ -68,6 +68,4 @@ def check(options: DataOptions) -> None:
         if getattr(options, name) < 0:
             raise InputError(f"data.{name} must not be negative, but is {getattr(options, name)}")
     if options.image_size != 0 and options.image_size < 8:
-        raise InputError(
-            f"data.image_size must be 0 (the data's own) or at least 8, not {options.image_size}"
-        )
+        raise InputError(f"data.image_size must be 0 (the data's own) or at least 8, not {options.image_size}")

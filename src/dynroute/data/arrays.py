@@ -71,9 +71,7 @@ def read_arrays(path: Path) -> Arrays:
                 arrays[key] = archive[key]
             return arrays
     except (*UNREADABLE, AttributeError, TypeError) as error:  # the last two: an .npy array has no .files
-        raise InputError(
-            f"{path}: cannot read {key} as part of an .npz archive ({one_line(error)})"
-        ) from error
+        raise InputError(f"{path}: cannot read {key} as part of an .npz archive ({one_line(error)})") from error
 
 
 def read_splits(path: Path, arrays: Arrays) -> dict[str, Split]:
@@ -85,15 +83,11 @@ def read_splits(path: Path, arrays: Arrays) -> dict[str, Split]:
 def read_split(path: Path, arrays: Arrays, name: str) -> Split:
     for key in (f"{name}_images", f"{name}_labels"):
         if key not in arrays:
-            raise InputError(
-                f"{path}: no array {key!r} inside (it has: {', '.join(sorted(arrays)) or 'none'})"
-            )
+            raise InputError(f"{path}: no array {key!r} inside (it has: {', '.join(sorted(arrays)) or 'none'})")
     images = read_images(path, f"{name}_images", arrays[f"{name}_images"])
     labels = read_integers(path, f"{name}_labels", arrays[f"{name}_labels"], len(images))
     key = f"{name}_superclasses"
-    return Split(
-        images, labels, read_integers(path, key, arrays[key], len(images)) if key in arrays else None
-    )
+    return Split(images, labels, read_integers(path, key, arrays[key], len(images)) if key in arrays else None)
 
 
 def read_images(path: Path, key: str, array: NDArray) -> Tensor:
@@ -111,9 +105,7 @@ def read_images(path: Path, key: str, array: NDArray) -> Tensor:
 def read_integers(path: Path, key: str, array: NDArray, count: int) -> Tensor:
     """int64 (N,), none negative."""
     if array.ndim == 2 and array.shape[1] > 1:
-        raise InputError(
-            f"{path}: {key} has {array.shape[1]} columns; several labels for one image are unsupported"
-        )
+        raise InputError(f"{path}: {key} has {array.shape[1]} columns; several labels for one image are unsupported")
     if array.dtype.kind not in "iu":
         raise InputError(f"{path}: {key} must be integers, not {array.dtype}")
     if array.shape not in ((count,), (count, 1)):
@@ -136,14 +128,10 @@ def describe(path: Path, arrays: Arrays, splits: dict[str, Split], name: str, si
     superclass_of[train.labels] = train.superclasses
     for part, split in splits.items():
         if split.superclasses is None:
-            raise InputError(
-                f"{path}: no array '{part}_superclasses' inside, though train_superclasses is there"
-            )
+            raise InputError(f"{path}: no array '{part}_superclasses' inside, though train_superclasses is there")
         odd = (superclass_of[split.labels] != split.superclasses).nonzero()
         if len(odd):
-            raise InputError(
-                f"{path}: {part}_superclasses: class {split.labels[odd[0, 0]]} is in two superclasses"
-            )
+            raise InputError(f"{path}: {part}_superclasses: class {split.labels[odd[0, 0]]} is in two superclasses")
     return DataSpec(
         name,
         size,
@@ -172,9 +160,7 @@ def counted(path: Path, key: str, arrays: Arrays, values: Tensor) -> tuple[int, 
 
 def within(path: Path, key: str, labels: Tensor, classes: int) -> None:
     if int(labels.max()) >= classes:
-        raise InputError(
-            f"{path}: {key} goes up to {int(labels.max())}, but there are only {classes} classes"
-        )
+        raise InputError(f"{path}: {key} goes up to {int(labels.max())}, but there are only {classes} classes")
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -182,9 +168,7 @@ def resized(images: Tensor, size: int) -> Tensor:
     if images.shape[1:3] == (size, size):
         return images
     parts = [
-        F.interpolate(part.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True).permute(
-            0, 2, 3, 1
-        )
+        F.interpolate(part.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
         for part in images.split(1000)
     ]
     return torch.cat(parts).contiguous()

@@ -45,9 +45,7 @@ class Loader:
             batch = Batch(images_BHWC, self.split.labels[rows_B], superclasses, rows_B).to(self.device)
             yield batch._replace(images=normalise(batch.images, self.spec))
 
-    def _from_memory(
-        self, rows: tuple[Tensor, ...], generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _from_memory(self, rows: tuple[Tensor, ...], generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         assert isinstance(self.split, Split)
         for rows_B in rows:
             images_BHWC = self.split.images[rows_B].to(self.device)
@@ -55,9 +53,7 @@ class Loader:
                 images_BHWC = augment(images_BHWC, images_BHWC.shape[1] // 8, self.spec.flip, generator)
             yield rows_B, images_BHWC
 
-    def _from_files(
-        self, rows: tuple[Tensor, ...], generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _from_files(self, rows: tuple[Tensor, ...], generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         assert isinstance(self.split, FileSplit)
         images = FileImages(self.split, self.spec, self.train and self.spec.augment, (self.seed, self.epoch))
         stream = DataLoader(

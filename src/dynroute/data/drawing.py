@@ -35,9 +35,7 @@ def star(points: int, inner: float) -> Distance:
 
     def distance(x: Array, y: Array) -> Array:
         r, angle = np.hypot(x, y), np.arctan2(y, x)
-        folded = np.abs(
-            (angle + half) % (2 * half) - half
-        )  # one edge stands for all: from tip (1, 0) to the notch
+        folded = np.abs((angle + half) % (2 * half) - half)  # one edge stands for all: from tip (1, 0) to the notch
         return ((r * np.cos(folded) - 1) * notch_y + r * np.sin(folded) * (1 - notch_x)) / length
 
     return distance

@@ -29,9 +29,7 @@ def read_image(path: Path) -> Image.Image:
                 if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip at 255
                     deep = np.asarray(image, dtype=np.int64).clip(0, 65535)
                     return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-                if (
-                    image.mode == "P"
-                ):  # a palette may carry transparency as bytes, which RGB alone cannot take
+                if image.mode == "P":  # a palette may carry transparency as bytes, which RGB alone cannot take
                     return image.convert("RGBA").convert("RGB")
                 return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:

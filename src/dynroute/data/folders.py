@@ -34,9 +34,7 @@ def imagenet(options: DataOptions, seed: int = 0) -> Dataset:
 def read(options: DataOptions, size: int, short_side: int) -> Dataset:
     """The folder's splits. Raises InputError for missing or empty folders, classes that train/ lacks."""
     if options.path is None:
-        raise InputError(
-            f"data.name={options.name} needs data.path: a folder with train/ and val/ or test/ inside"
-        )
+        raise InputError(f"data.name={options.name} needs data.path: a folder with train/ and val/ or test/ inside")
     root = Path(options.path)
     if not (root / "train").is_dir():
         raise InputError(f"{root}: no folder train/ inside")
@@ -49,9 +47,7 @@ def read(options: DataOptions, size: int, short_side: int) -> Dataset:
     spec = DataSpec(options.name, size, len(names), names)
     train, test, *val = (listed(root / part, names, short_side) for part in ("train", *there))
     on_disk = assemble(spec, options, train, test, *val)
-    parts = [
-        part for part in (on_disk.train, on_disk.calibration, on_disk.test) if isinstance(part, FileSplit)
-    ]
+    parts = [part for part in (on_disk.train, on_disk.calibration, on_disk.test) if isinstance(part, FileSplit)]
     if sum(len(part) for part in parts) * size * size * 3 > IN_MEMORY_BYTES:
         return on_disk
     return Dataset(spec, *(into_memory(part, size) for part in parts))

@@ -101,7 +101,7 @@ class FileSplit:
         return replace(self, paths=[self.paths[row] for row in rows.tolist()], labels=self.labels[rows])
 
 
-AnySplit = TypeVar("AnySplit", Split, FileSplit)
+AnySplit = TypeVar("AnySplit", bound="Split | FileSplit")
 
 
 @dataclass
@@ -134,7 +134,7 @@ def limited(split: AnySplit, images: int) -> AnySplit:
     """A stratified part of so many images, in the split's order; 0 is all of it."""
     if not 0 < images < len(split):
         return split
-    return split.take(fair_order(split.labels)[:images].sort().values)
+    return split.take(fair_order(split.labels)[:images].sort().values)  # type: ignore[return-value]
 
 
 def cut(split: AnySplit, share: float) -> tuple[AnySplit, AnySplit]:
@@ -143,7 +143,8 @@ def cut(split: AnySplit, share: float) -> tuple[AnySplit, AnySplit]:
         raise InputError(f"a calibration split needs at least 2 training images, not {len(split)}")
     order = fair_order(split.labels)
     count = min(max(round(share * len(split)), 1), len(split) - 1)
-    return split.take(order[count:].sort().values), split.take(order[:count].sort().values)
+    rest, calibration = (split.take(rows.sort().values) for rows in (order[count:], order[:count]))
+    return rest, calibration  # type: ignore[return-value]
 
 
 def assemble(

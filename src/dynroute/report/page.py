@@ -35,9 +35,7 @@ PAPER_NOTES = (
 )
 
 
-def render(
-    table: pd.DataFrame, left_out: Sequence[LeftOut], svg: str, reported: Sequence[PaperTable] = ()
-) -> str:
+def render(table: pd.DataFrame, left_out: Sequence[LeftOut], svg: str, reported: Sequence[PaperTable] = ()) -> str:
     """The page as text; without svg, the papers' tables alone. Everything but our own SVG is escaped."""
     from jinja2 import Environment
     from markupsafe import Markup

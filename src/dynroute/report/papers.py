@@ -21,7 +21,7 @@ PLACES = {
     "dmnn:tab1": "Table 1, ResNets",
     "dmnn:tab2": "Table 2, MobileNetV2",
     "dmnn:tab3": "Table 3, ResNet-50",
-    "dmnn:tab4": "Table 4, without previous state or category loss",
+    "dmnn:tab4": "Table 4, ablation of previous state and category loss",
     "rnp:tab2": "Table 2, VGG-16 by speed-up",
     "rnp:fig-cifar10": "curve of four conv layers",
     "rnp:fig-cifar100": "curve of VGG-16",

@@ -56,9 +56,7 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
     """The numbers behind the picture. share_p5, share_p95: the cost of the images at those percentiles."""
     dense = table["macs_mean"] / table["macs_share"]
     drawn = table.assign(
-        series=[
-            _series(method, label) for method, label in zip(table["method"], table["label"], strict=True)
-        ],
+        series=[_series(method, label) for method, label in zip(table["method"], table["label"], strict=True)],
         share=table["macs_share"],
         share_p5=table["macs_p5"] / dense,
         share_p95=table["macs_p95"] / dense,
@@ -153,9 +151,7 @@ def _legend(figure: Figure, looks: dict[str, Look]) -> None:
     from matplotlib.lines import Line2D
 
     lines = [look._replace(line="--") if name == STATIC else look for name, look in looks.items()]
-    handles = [
-        Line2D([], [], markeredgecolor="white", markeredgewidth=0.4, **_line_options(look)) for look in lines
-    ]
+    handles = [Line2D([], [], markeredgecolor="white", markeredgewidth=0.4, **_line_options(look)) for look in lines]
     names = [f" {name}" if name.startswith("_") else name for name in looks]  # matplotlib hides names in _
     figure.legend(handles, names, loc="outside right upper", frameon=False, handlelength=3)
 

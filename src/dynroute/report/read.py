@@ -43,9 +43,7 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], list[LeftOut]]:
             continue
         usable = [row for row in rows if all(_finite(row[name]) for name in NEEDED)]
         if len(usable) < len(rows):
-            reason = (
-                f"{len(rows) - len(usable)} of {len(rows)} test rows have no number for {' or '.join(NEEDED)}"
-            )
+            reason = f"{len(rows) - len(usable)} of {len(rows)} test rows have no number for {' or '.join(NEEDED)}"
             left_out.append(LeftOut(_shown(file), reason))
         found += [(file, row) for row in usable]
     rows, repeats = _one_per_seed(found)

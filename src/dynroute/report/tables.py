@@ -52,9 +52,7 @@ def build(rows: list[Row]) -> pd.DataFrame:
     add_static(table)
     table["other"] = table["method"] != STATIC  # sorts static first
     order = [*PLACE, "other", "method", "label", "macs_share", "flops_target", "identity"]
-    return table.sort_values(order, ignore_index=True)[list(COLUMNS)].astype(
-        {"n": "Int64", "params": "Int64"}
-    )
+    return table.sort_values(order, ignore_index=True)[list(COLUMNS)].astype({"n": "Int64", "params": "Int64"})
 
 
 def empty() -> pd.DataFrame:
@@ -132,9 +130,7 @@ CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "target": lambda r: _number(r["flops_target"], ".2f"),
     FLOPS: lambda r: _millions(r["macs_mean"]),
     "5-95 % of images": lambda r: _span(r["macs_p5"], r["macs_p95"]),
-    "share": lambda r: (
-        _number(100 * r["macs_share"], ".1f", " %") + (" missed" if r["reached"] is False else "")
-    ),
+    "share": lambda r: _number(100 * r["macs_share"], ".1f", " %") + (" missed" if r["reached"] is False else ""),
     "top-1 %": lambda r: _accuracy(r["top1"], r["top1_std"], r["n_seeds"]),
     "seeds": lambda r: f"n={r['n_seeds']}",
     "vs static": lambda r: _versus(r["vs_static"]),
@@ -204,9 +200,7 @@ def _number(value: float, form: str, unit: str = "") -> str:
 
 
 def _millions(macs: float) -> str:
-    digits = (
-        ".0f" if macs >= 1e9 else ".2f" if macs >= 1e6 else "#.3g"
-    )  # tiny nets cost thousands, large ones billions
+    digits = ".0f" if macs >= 1e9 else ".2f" if macs >= 1e6 else "#.3g"  # tiny nets cost thousands, large ones billions
     return _number(macs / 1e6, digits, " M")
 
 

@@ -74,7 +74,7 @@ class GateRouter(Router):
         wanted = superclasses if options.category else 0
         # classifiers of the category loss: used in training alone, so they cost nothing at test time
         self.category = nn.ModuleList(nn.Linear(size, wanted) for _ in specs) if wanted else None
-        for gate in self.gates:
+        for gate in (module for module in self.gates if isinstance(module, nn.Linear)):
             nn.init.normal_(gate.weight, std=0.001)
             nn.init.zeros_(gate.bias)
             odds = math.log(options.open_at_start / (1 - options.open_at_start))
@@ -100,9 +100,7 @@ class GateRouter(Router):
     def macs(self) -> float:
         """Linear layers of all controllers; the category classifiers do not run at test time."""
         d = self.options.hidden
-        return float(
-            sum(s.in_channels * d + d * 2 * s.parts for s in self.specs) + len(self.previous) * d * d
-        )
+        return float(sum(s.in_channels * d + d * 2 * s.parts for s in self.specs) + len(self.previous) * d * d)
 
     def _sample(self, logits_BG: Tensor) -> Tensor:
         """Hard gates with the gradient of the soft ones (8).
@@ -111,7 +109,7 @@ class GateRouter(Router):
         """
         uniform = torch.rand_like(logits_BG).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid((logits_BG + uniform.logit()) / self.options.temperature)
-        return (soft > 0.5).float() + soft - soft.detach()
+        return (soft > 0.5).float() + (soft - soft.detach())  # in this order the sum is exactly 0 or 1
 
 
 def phases(net: RoutedNet, options: DmnnOptions) -> Iterator[Phase]:

@@ -28,7 +28,11 @@ from dynroute.routers.base import Phase, Router, cross_entropy, ranged
 if TYPE_CHECKING:
     from dynroute.net import RoutedNet
 
-CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
+    "rnn": nn.RNNCell,
+    "gru": nn.GRUCell,
+    "lstm": nn.LSTMCell,
+}
 GATES_OF = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
@@ -74,7 +78,14 @@ class RnpOptions:
     def __post_init__(self) -> None:
         """Fill in the charge and raise InputError on the first value out of range."""
         self.charge = [0.1] if self.charge is None else self.charge
-        for name in ("pretrain_epochs", "widths_epochs", "rounds", "agent_epochs", "cnn_epochs", "joint_epochs"):
+        for name in (
+            "pretrain_epochs",
+            "widths_epochs",
+            "rounds",
+            "agent_epochs",
+            "cnn_epochs",
+            "joint_epochs",
+        ):
             ranged(f"router.{name}", getattr(self, name), 0, 100_000)
         for name in ("gamma", "trace", "epsilon_start", "epsilon_end"):
             ranged(f"router.{name}", getattr(self, name), 0.0, 1.0)
@@ -85,7 +96,11 @@ class RnpOptions:
             raise InputError(f"router.cell must be one of {', '.join(CELLS)}, not {self.cell!r}")
         if self.action_cost not in ("index", "share"):
             raise InputError(f"router.action_cost must be index or share, not {self.action_cost!r}")
-        if not 1 <= len(self.charge) <= 2 or not all(0 <= c < 1e6 for c in self.charge) or sorted(self.charge) != self.charge:
+        if (
+            not 1 <= len(self.charge) <= 2
+            or not all(0 <= c < 1e6 for c in self.charge)
+            or sorted(self.charge) != self.charge
+        ):
             raise InputError(f"router.charge must be [p] or [low, high], low <= high, none negative, not {self.charge}")
 
 

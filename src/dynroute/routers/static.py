@@ -94,10 +94,8 @@ class RandomRouter(Router):
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
         """Independent draws for the parts of unit u, made legal."""
         spec = self.specs[u]
-        if self.training:
-            draws_BG = torch.rand(len(x_BCHW), spec.parts, device=x_BCHW.device)
-        else:
-            draws_BG = _draws(state, u, spec.parts)
+        fresh = (len(x_BCHW), spec.parts)
+        draws_BG = torch.rand(fresh, device=x_BCHW.device) if self.training else _draws(state, u, spec.parts)
         return Decision(legal((draws_BG < self.rate - self.price).float(), spec), {}), state
 
 
