@@ -8,7 +8,7 @@ DATA ?= data
 TARGETS := --flops-target 0.4 --flops-target 0.6 --flops-target 0.8
 CIFAR10 := dense static_60 rnr dmnn rnp static_40 static_80 given
 
-.PHONY: demo test check format slow coverage cifar10 table clean
+.PHONY: demo test lint check format slow coverage cifar10 table clean
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,8 +17,8 @@ CIFAR10 := dense static_60 rnr dmnn rnp static_40 static_80 given
 
 demo: .venv/ready
 	@rm -rf $(DEMO)
-	$(BIN)/dynroute train router.name=static router.width=0.5 router.epochs=8 --out $(DEMO)/static
-	$(BIN)/dynroute train router.name=dmnn router.epochs=8 --out $(DEMO)/dmnn
+	$(BIN)/dynroute train router.name=static router.width=0.5 router.epochs=6 --out $(DEMO)/static
+	$(BIN)/dynroute train router.name=dmnn router.epochs=7 --out $(DEMO)/dmnn
 	$(BIN)/dynroute train -c experiments/shapes/rnp.yaml --out $(DEMO)/rnp
 	$(BIN)/dynroute eval $(DEMO)/static
 	$(BIN)/dynroute eval $(DEMO)/dmnn --flops-target 0.5
@@ -34,15 +34,16 @@ slow: .venv/ready
 coverage: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --cov --cov-report=term --cov-fail-under=90
 
-check: .venv/ready
-	$(BIN)/ruff format --check src tests benchmarks experiments
-	$(BIN)/ruff check src tests benchmarks experiments
+lint: .venv/ready
+	$(BIN)/ruff format --check src tests experiments
+	$(BIN)/ruff check src tests experiments
 	$(BIN)/mypy
-	$(MAKE) test
+
+check: lint test
 
 format: .venv/ready
-	$(BIN)/ruff format src tests benchmarks experiments
-	$(BIN)/ruff check --fix src tests benchmarks experiments
+	$(BIN)/ruff format src tests experiments
+	$(BIN)/ruff check --fix src tests experiments
 
 # Each run resumes where it was stopped; a finished one is only evaluated again.
 cifar10: .venv/ready

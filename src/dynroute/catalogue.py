@@ -7,6 +7,7 @@ from typing import Any
 
 from dynroute import plugins, report
 from dynroute.contracts import InputError
+from dynroute.routers import Method
 
 KINDS = {"routers": "router", "backbones": "backbone", "datasets": "dataset"}
 EXPERIMENTS = Path("experiments")
@@ -23,9 +24,10 @@ def listing(kind: str | None = None) -> dict[str, dict[str, str]]:
 
 
 def _sentence(entry: Any) -> str:
-    """The first sentence of an entry's docstring; a method's is its router's."""
-    entry = getattr(entry, "router", entry)
-    entry = getattr(entry, "func", entry)
+    """A method's own sentence, else the first line of the entry's docstring."""
+    if isinstance(entry, Method):
+        return entry.about
+    entry = getattr(entry, "func", entry)  # of a partial
     return (entry.__doc__ or "").strip().split("\n")[0]
 
 

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which newer Typers carry inside
 MISSED = 3  # exit status where a FLOPs target was not reached
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+STOPPED = "stopped; `dynroute train ... --resume` goes on from the last finished epoch"
 app = typer.Typer(
     name="dynroute",
     help="Train, evaluate and compare image classifiers that choose, per image, which parts of themselves to run.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -66,12 +67,17 @@ class TrainCommand(typer.core.TyperCommand):
 
 @app.callback(invoke_without_command=True)
 def top(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Train, evaluate and compare image classifiers that choose, per image, which parts of themselves to run."""
     if version:
         print(f"dynroute {__version__}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+    else:
+        return
+    raise typer.Exit
 
 
 @app.command(cls=TrainCommand)
@@ -137,8 +143,12 @@ def evaluate(
     from dynroute import runs
     from dynroute.records import as_dict
 
-    evaluator = runs.Evaluator.of(run, checkpoint.value)
-    results = [evaluator.measure(target, split.value, timed) for target in targets]
+    with Status(f"opening {run}") as status:
+        evaluator = runs.Evaluator.of(run, checkpoint.value)
+        results = []
+        for target in targets:
+            status.say("evaluating" if target is None else f"fitting the price for {target:g} and evaluating")
+            results.append(evaluator.measure(target, split.value, timed))
     if as_json:
         print(json.dumps({"rows": [as_dict(r.row) for r in results]}, indent=2))
     else:
@@ -147,7 +157,7 @@ def evaluate(
     for r in missed:
         low, high = r.reachable or (0.0, 1.0)
         line = f"target {r.row.flops_target} missed: reached {r.row.macs_share:.3f} on {r.row.split}"
-        print(f"{line}; this net reaches {low:.3f} to {high:.3f}", file=sys.stderr)
+        print(f"{line}; this net reaches {low:.3f} to {high:.3f} on calibration", file=sys.stderr)
     if missed:
         raise typer.Exit(MISSED)
 
@@ -222,7 +232,32 @@ def list_command(
     for name, entries in found.items():
         print(f"{name}:")
         for entry, sentence in entries.items():
-            print(f"  {entry:<14} {sentence}".rstrip())
+            print(f"  {entry:<16} {sentence}".rstrip())
+
+
+class Status:
+    """A spinner on stderr where that is a terminal; else nothing, so that pipes and logs stay clean."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.spinner: Any = None
+
+    def __enter__(self) -> Status:
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self.spinner = Console(stderr=True).status(self.text)
+            self.spinner.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.spinner:
+            self.spinner.stop()
+
+    def say(self, text: str) -> None:
+        """What is going on now."""
+        if self.spinner:
+            self.spinner.update(text)
 
 
 class Progress:
@@ -320,13 +355,16 @@ def print_inspection(info: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. Input errors are one line on stderr and status 2."""
     try:
-        return app(arguments, standalone_mode=False) or 0
+        status: int = app(arguments, standalone_mode=False) or 0
+        return _fail(STOPPED, status) if status == INTERRUPTED else status
     except USAGE_ERROR as error:
         return _fail(error.format_message(), 2)
     except InputError as error:
         return _fail(" ".join(str(error).split()), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("stopped; `dynroute train ... --resume` goes on from the last finished epoch", 130)
+    except (KeyboardInterrupt, typer.Abort):  # newer Typers return the status instead
+        return _fail(STOPPED, INTERRUPTED)
+    except OSError as error:  # a folder that is a file, no permission, a full disk
+        return _fail(f"cannot use {error.filename or 'a file'}: {error.strerror or error}", 2)
     except RuntimeError as error:
         if type(error).__name__ != "Diverged":  # named, so that torch is not imported to say it
             raise

@@ -22,7 +22,7 @@ from dynroute.backbones import BackboneOptions
 from dynroute.contracts import InputError, unknown
 from dynroute.data import DataOptions
 from dynroute.fit import OptimOptions
-from dynroute.routers import Method
+from dynroute.routers import Method, ranged
 
 CONFIG_FILE = "config.yaml"
 
@@ -39,6 +39,11 @@ class TopOptions:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     threads: int = 0
     """CPU threads; 0: as many as this process may use."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError on the first value out of range."""
+        ranged("seed", self.seed, 0, 1_000_000_000)
+        ranged("threads", self.threads, 0, 1024)
 
 
 @dataclass
@@ -76,7 +81,7 @@ class Config:
 
     def yaml(self, comments: bool = False) -> str:
         """The configuration as YAML, with each field's help sentence if asked for."""
-        text: str = yaml.safe_dump(self.as_dict(), sort_keys=False)
+        text: str = yaml.safe_dump(self.as_dict(), sort_keys=False, width=10_000)  # a line for each key
         return _commented(text, self._classes()) if comments else text
 
     def hash(self) -> str:
@@ -143,8 +148,6 @@ def _check(config: Config) -> None:
     """What no single section can see."""
     plugins.find("backbone", config.backbone.name)
     plugins.find("dataset", config.data.name)
-    if config.top.threads < 0 or config.top.seed < 0:
-        raise InputError(f"seed and threads must not be negative, not {config.top.seed} and {config.top.threads}")
     if re.search(r"[^\w.+=-]", config.name) or config.name.startswith("."):
         raise InputError(f"name must be a plain folder name of letters, digits and . _ + = -, not {config.name!r}")
     needed = config.method.unit
@@ -204,8 +207,9 @@ def _build(section: str, cls: type, values: dict[str, Any], source: str) -> Any:
     hints = get_type_hints(cls)
     for key, value in values.items():
         try:
-            merged = OmegaConf.merge(OmegaConf.structured(cls), {key: value})
-            value = OmegaConf.to_container(merged)[key]  # type: ignore[call-overload, index]
+            node = OmegaConf.structured(cls)
+            OmegaConf.update(node, key, value)  # merging would pass over "???" without a word
+            value = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)[key]  # type: ignore[call-overload, index]
         except OmegaConfBaseException:
             kind = getattr(hints[key], "__name__", None) or str(hints[key])
             raise InputError(f"{prefix}{key} must be {_spoken(str(hints[key]), kind)}, not {value!r}") from None

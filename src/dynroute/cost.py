@@ -80,7 +80,3 @@ class NetCost(nn.Module):
             above, own = keep[:, source, : pair_HG.shape[0]], keep[:, u, : pair_HG.shape[1]]
             macs_B = macs_B + torch.einsum("bh,hg,bg->b", above, pair_HG, own)
         return macs_B
-
-    def extremes(self, lowest_UG: Tensor) -> tuple[float, float]:
-        """MACs of the cheapest legal route, given as keeps, and of the dearest (everything the units allow)."""
-        return float(self(lowest_UG[None])), float(self(torch.ones_like(lowest_UG)[None]))

@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ WATCHED = (
     2500  # calibration images looked at after every epoch; their mean share transfers to test within 0.01 (measured)
 )
 FORMAT = 1  # of checkpoints
+KEPT = "the last good checkpoint is kept; lower optim.lr"
 
 
 @dataclass
@@ -60,7 +62,7 @@ class OptimOptions:
 
 
 class Diverged(RuntimeError):
-    """The loss became NaN or infinite; the last good checkpoint stands."""
+    """The loss or a weight became NaN or infinite; the last good checkpoint stands."""
 
 
 @dataclass
@@ -101,6 +103,7 @@ def fit(
     rows: list[dict[str, Any]] = list(done["rows"]) if done else []
     if done:
         load_weights(net, done["model"], folder / LAST)
+        write_rows(folder / TRAIN_FILE, rows)  # a kill between the two files may have left it a row short
     else:
         _save(net, folder / LAST, rows, meta, {})
     phases = [phase for phase in phases if phase.epochs]
@@ -162,6 +165,8 @@ class _Part:
             if step < steps and step % 20 == 0:
                 listener(Step(self.phase.name, epoch + 1, total, step, steps, self._finite(sums, step)))
         self._finite(sums, steps)
+        if not all(bool(value.isfinite().all()) for value in self.net.state_dict().values()):
+            raise Diverged(f"weights are no longer finite in phase {self.phase.name!r}: {KEPT}")
         row = self._row(epoch, {k: float(v) / steps for k, v in sums.items()}, time.perf_counter() - started)
         listener(Step(self.phase.name, epoch + 1, total, steps, steps, row["loss"], row))
         return row
@@ -196,9 +201,7 @@ class _Part:
     def _finite(self, sums: dict[str, Tensor], steps: int) -> float:
         loss = float(sums["loss"]) / steps
         if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} in phase {self.phase.name!r}: the last good checkpoint is kept; lower optim.lr"
-            )
+            raise Diverged(f"the loss is {loss} in phase {self.phase.name!r}: {KEPT}")
         return loss
 
     def _row(self, epoch: int, means: dict[str, float], seconds: float) -> dict[str, Any]:
@@ -306,11 +309,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_tensors(path: Path) -> Any:
     """torch.load with weights_only=True, never otherwise. Raises InputError for a missing, torn or code-carrying file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on foreign pickles; what matters becomes the error below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # torch and pickle raise a dozen types for broken or unsafe files
-        what = "it holds more than tensors and could run code" if "Unsupported" in str(error) else "broken or truncated"
+        unsafe = "unsupported" in str(error).lower()
+        what = "it holds more than tensors and could run code" if unsafe else "broken or truncated"
         raise InputError(f"{path} was not loaded: {what}") from None
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.backbones import Backbone
 from dynroute.contracts import Output, Trace, UnitSpec
 from dynroute.cost import NetCost
-from dynroute.routers import Router, legal
+from dynroute.routers import Router, legal, stacked
 
 
 class RoutedNet(nn.Module):
@@ -23,7 +22,6 @@ class RoutedNet(nn.Module):
         self.backbone, self.router = backbone, router
         reads = [unit.reads for unit in backbone.routable]
         self.cost = NetCost(backbone.terms(), reads, backbone.fixed_macs, router.macs(), backbone.dense_macs)
-        self.parts = max(spec.parts for spec in backbone.specs)
 
     def forward(self, x_BCHW: Tensor, keep_BUG: Tensor | None = None) -> Output:
         """Logits, decisions and cost of each image. keep_BUG: these routes instead of the router's."""
@@ -36,20 +34,17 @@ class RoutedNet(nn.Module):
             decision, state = self.router.decide(u, x_BCHW, state)
             x_BCHW = unit(x_BCHW, decision.keep_BG)
             decisions.append(decision)
-        trace = stack([d.keep_BG for d in decisions], [d.notes for d in decisions], self.parts)
+        trace = stack([d.keep_BG for d in decisions], [d.notes for d in decisions])
         return Output(self.backbone.head(x_BCHW).float(), trace, self.cost(trace.keep_BUG))
 
     def dense_routes(self, images: int) -> Tensor:
         """keep_BUG of the dense net: all parts of every unit."""
-        row_UG = torch.stack([F.pad(torch.ones(s.parts), (0, self.parts - s.parts)) for s in self.backbone.specs])
-        return row_UG.expand(images, -1, -1)
+        return stacked([torch.ones(spec.parts) for spec in self.backbone.specs]).expand(images, -1, -1)
 
     def span(self) -> tuple[float, float]:
         """Shares of the dense net's MACs of the cheapest and the dearest legal route, router included."""
-        lowest, highest = (torch.stack([e[i] for e in map(_extremes, self.backbone.specs)]) for i in (0, 1))
-        ends = self.cost(
-            torch.stack([_padded(lowest, self.parts), _padded(highest, self.parts)]).to(self.cost.part_UG.device)
-        )
+        lowest_highest = zip(*map(_extremes, self.backbone.specs), strict=True)
+        ends = self.cost(torch.stack([stacked(keeps) for keeps in lowest_highest]).to(self.cost.part_UG.device))
         return float(ends[0]) / self.cost.dense, float(ends[1]) / self.cost.dense
 
     def _given(self, x_BCHW: Tensor, keep_BUG: Tensor) -> Output:
@@ -60,19 +55,11 @@ class RoutedNet(nn.Module):
         return Output(self.backbone.head(x_BCHW).float(), Trace(keep_BUG, {}), self.cost(keep_BUG))
 
 
-def stack(keeps: list[Tensor], notes: list[dict[str, Tensor]], parts: int) -> Trace:
+def stack(keeps: list[Tensor], notes: list[dict[str, Tensor]]) -> Trace:
     """Decisions of all units as one Trace; keeps and notes of units with fewer parts are padded with zeros."""
-    keep_BUG = torch.stack([_padded(keep, parts) for keep in keeps], 1)
-    stacked = {}
-    for name in notes[0]:
-        values = [note[name] for note in notes]
-        widest = max(v.shape[-1] for v in values) if values[0].dim() > 1 else 0
-        stacked[name] = torch.stack([_padded(v, widest) if widest else v for v in values], 1)
-    return Trace(keep_BUG, stacked)
-
-
-def _padded(tensor: Tensor, width: int) -> Tensor:
-    return tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
+    columns = {name: [note[name] for note in notes] for name in notes[0]}
+    together = {n: stacked(v) if v[0].dim() > 1 else torch.stack(v, 1) for n, v in columns.items()}
+    return Trace(stacked(keeps), together)
 
 
 def _extremes(spec: UnitSpec) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ class EvalRow:
     routes: int
     params: int
     epochs: float
+    checkpoint: str = "last"
     weights: str = ""
     latency_ms_p50: float | None = None
     speedup: float | None = None
@@ -123,7 +124,7 @@ def merge_eval(path: Path, row: EvalRow) -> None:
     """Add a row to an eval.csv; it replaces the row of the same split and target, so that a repeated call adds nothing."""
     old = read_rows(path) if path.exists() else []
     new = {k: _cell(v) for k, v in as_dict(row).items()}
-    same = ("split", "flops_target")
+    same = ("split", "flops_target", "checkpoint")
     kept = [{k: r.get(k, "") for k in EVAL_COLUMNS} for r in old if any(r.get(k) != new[k] for k in same)]
     write_rows(path, [*kept, new], EVAL_COLUMNS)
 

@@ -53,18 +53,26 @@ def dense_state(path: Path) -> dict[str, torch.Tensor]:
 def restore(path: Path) -> tuple[RoutedNet, Config, dict[str, Any]]:
     """The trained net of a checkpoint, its configuration, and the checkpoint. Needs no data."""
     content = load_checkpoint(path)
-    meta = content.get("meta", {})
+    trained = trained_as(content, path)
+    meta = content["meta"]
     try:
-        config = from_text(meta["config"], str(path))
         names = ("superclass_of", "superclass_names", "class_names", "mean", "std")
         values: dict[str, Any] = {k: tuple(v) if k in names else v for k, v in meta["data"].items()}
         spec = DataSpec(**values)
     except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} does not say what it was trained as: written by another program") from None
-    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
+        raise InputError(f"{path} does not say what it was trained on: written by another program") from None
+    config = dataclasses.replace(trained, backbone=dataclasses.replace(trained.backbone, weights=None))
     net = build(config, spec)
     load_weights(net, content["model"], path)
-    return net, from_text(meta["config"], str(path)), content
+    return net, trained, content
+
+
+def trained_as(content: dict[str, Any], path: Path) -> Config:
+    """The configuration that a checkpoint carries. Raises InputError where there is none."""
+    try:
+        return from_text(content["meta"]["config"], str(path))
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} does not say what it was trained as: written by another program") from None
 
 
 def prepare(config: Config) -> torch.device:
@@ -75,7 +83,7 @@ def prepare(config: Config) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which the meta device cannot do
     except (RuntimeError, AssertionError):
         raise InputError(f"device {name!r} is not usable here; device=cpu always is") from None
     return device
@@ -123,7 +131,7 @@ def _check_resumable(config: Config, folder: Path, resume: bool) -> None:
         raise InputError(
             f"{folder} already holds a run: add --resume to go on with it, or choose another name or --out"
         )
-    stored = from_text(load_checkpoint(folder / LAST)["meta"]["config"], str(folder / LAST))
+    stored = trained_as(load_checkpoint(folder / LAST), folder / LAST)
     if (stored.hash(), stored.top.seed) != (config.hash(), config.top.seed):
         raise InputError(
             f"{folder} was trained with another configuration: --resume needs the same one (see {CONFIG_FILE})"
@@ -158,6 +166,7 @@ class Evaluator:
     config: Config
     data: Dataset
     device: torch.device
+    checkpoint: str
     epochs: float
     dial: Dial
 
@@ -170,10 +179,15 @@ class Evaluator:
         net, config, content = restore(path)
         device = prepare(config)
         data = _data(config)
+        stored = content["meta"]["data"]
+        if (data.spec.classes, data.spec.image_size) != (stored["classes"], stored["image_size"]):
+            raise InputError(
+                f"{config.data.name} has other classes or another image size now than {folder} was trained on"
+            )
         net = net.to(device).eval()
         few = limited(data.calibration, CALIBRATED_ON)
         batches = list(loader(few, data.spec, 256, train=False, device=device, workers=config.data.workers))
-        return cls(folder, net, config, data, device, len(content["rows"]), make_dial(net, batches))
+        return cls(folder, net, config, data, device, checkpoint, len(content["rows"]), make_dial(net, batches))
 
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the price for a target on the calibration split (None: the trained point), then measure the split.
@@ -220,6 +234,7 @@ class Evaluator:
             routes=scores.routes(),
             params=inference_parameters(self.net),
             epochs=self.epochs,
+            checkpoint=self.checkpoint,
             weights=Path(config.backbone.weights).name if config.backbone.weights else "",
             machine=machine(self.device),
             commit=commit(),
@@ -231,7 +246,8 @@ class Evaluator:
         """One line an image: what it is, what was predicted, what it cost, which parts ran (units between slashes)."""
         path, asked = self.folder / ROUTES_FILE, "" if target is None else f"{target:.12g}"
         old = read_rows(path) if path.exists() else []
-        kept: list[dict[str, Any]] = [r for r in old if (r["split"], r["flops_target"]) != (split, asked)]
+        setting = {"split": split, "flops_target": asked, "checkpoint": self.checkpoint}
+        kept: list[dict[str, Any]] = [r for r in old if any(r.get(k) != v for k, v in setting.items())]
         routes = ["/".join("".join(map(str, unit)) for unit in image) for image in scores.keep_NUG.tolist()]
         columns: dict[str, list[Any]] = {
             "index": scores.index_N.tolist(),
@@ -245,7 +261,7 @@ class Evaluator:
             if getattr(part, name) is not None:
                 columns[name.removesuffix("es")] = getattr(part, name)[scores.index_N].tolist()
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        write_rows(path, [*kept, *({"split": split, "flops_target": asked, **row} for row in rows)])
+        write_rows(path, [*kept, *(setting | row for row in rows)])
 
 
 def _nearest(folder: Path) -> str:
@@ -272,6 +288,8 @@ def inspect_path(source: Path) -> dict[str, Any]:
     if source.is_dir():
         net, config, _ = restore(source / LAST)
         return inspect(config, net)
+    if not source.exists():
+        raise InputError(f"{source} is neither a configuration nor a run folder{_nearest(source)}")
     config = load_config(source)
     return inspect(config, build(config, known_spec(config.data) or _data(config).spec))
 

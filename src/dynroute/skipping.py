@@ -26,7 +26,7 @@ class FastNet:
     """
 
     def __init__(self, net: RoutedNet, cache: int = 512) -> None:
-        self.net, self.cache = net.eval(), cache
+        self.net, self.cache = net.eval(), max(cache, 1)
         self.stem = folded(net.backbone.stem)
         self.modules: OrderedDict[Key, nn.Module] = OrderedDict()
 
@@ -46,7 +46,7 @@ class FastNet:
             above_BG = None if unit.reads is None else keeps[unit.reads]
             x_BCHW = self._unit(u, x_BCHW, keep_BG, above_BG)
             keeps.append(keep_BG)
-        trace = stack(keeps, [{} for _ in keeps], net.parts)
+        trace = stack(keeps, [{} for _ in keeps])
         return Output(net.backbone.head(x_BCHW), trace, net.cost(trace.keep_BUG))
 
     def _unit(self, u: int, x_BCHW: Tensor, keep_BG: Tensor, above_BG: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,10 @@ from dynroute.units import STATISTICS, UNITS, BasicUnit, GroupedBasic, PathBasic
 
 
 class CifarResNet(Backbone):
-    """A ResNet of `depth` layers; every basic block is one routable unit, its hidden channels are what is cut."""
+    """CIFAR ResNet: basic blocks in three stages.
+
+    Every block is one routable unit; its hidden channels are what is cut.
+    """
 
     def __init__(self, depth: int, data: DataSpec, options: BackboneOptions) -> None:
         super().__init__()
@@ -55,26 +60,22 @@ class CifarResNet(Backbone):
         state = {k.removeprefix("module."): v for k, v in state.items() if not k.endswith("num_batches_tracked")}
         left = set(state)
 
-        def take(target: Tensor, name: str, rows: Tensor | None = None, dim: int = 0) -> None:
+        def value(name: str, *shape: int) -> Tensor:
             if name not in state:
                 raise InputError(f"backbone.weights: no {name!r} in the file: not a plain net of this depth")
-            value = state[name] if rows is None else state[name].index_select(dim, rows)
-            if value.shape != target.shape:
-                got, want = tuple(value.shape), tuple(target.shape)
-                raise InputError(f"backbone.weights: {name} has shape {got}, this backbone needs {want}")
-            target.copy_(value)
+            if state[name].shape != shape:
+                got = tuple(state[name].shape)
+                raise InputError(f"backbone.weights: {name} has shape {got}, this backbone needs {shape}")
             left.discard(name)
+            return state[name]
 
         stem_conv, stem_norm, linear = self.stem[0], self.stem[1], self.head[2]  # type: ignore[index]
-        take(stem_conv.weight, "conv1.weight")
-        for key in STATISTICS:
-            take(getattr(stem_norm, key), f"bn1.{key}")
-        last = "linear" if "linear.weight" in state else "fc"
-        take(linear.weight, f"{last}.weight")
-        take(linear.bias, f"{last}.bias")
+        _take(stem_conv, "conv1", ("weight",), value)
+        _take(stem_norm, "bn1", STATISTICS, value)
+        _take(linear, "linear" if "linear.weight" in state else "fc", ("weight", "bias"), value)
         for unit in self.routable:
             assert isinstance(unit, BasicUnit)
-            _import_block(unit, unit.spec.name, state, take)
+            _import_block(unit, unit.spec.name, value)
         if left:
             raise InputError(
                 f"backbone.weights: {min(left)!r} has no place in this backbone: another depth or shortcut"
@@ -100,47 +101,53 @@ class CifarResNet(Backbone):
         return {key: value.detach() for key, value in out.items()}
 
 
-def _import_block(unit: BasicUnit, name: str, state: dict[str, Tensor], take) -> None:  # type: ignore[no-untyped-def]
+Value = Callable[..., Tensor]  # (name, *shape) -> the file's tensor of that name, checked to have that shape
+
+
+def _take(module: nn.Module, name: str, keys: Sequence[str], value: Value) -> None:
+    """Copy the file's tensors of one layer."""
+    for key in keys:
+        target = getattr(module, key)
+        target.copy_(value(f"{name}.{key}", *target.shape))
+
+
+def _import_block(unit: BasicUnit, name: str, value: Value) -> None:
     """One basic block: conv1/bn1 in ranked order; conv2/bn2 by the form of the unit."""
-    rank = torch.arange(sum(unit.sizes))
-    needed = [f"{name}.conv1.weight", f"{name}.conv2.weight", f"{name}.bn1.weight", f"{name}.bn1.bias"]
-    if all(key in state for key in needed):
-        rank = contribution(*(state[key] for key in needed)).argsort(descending=True, stable=True)
-    take(unit.conv1.weight, f"{name}.conv1.weight", rank)
+    hidden = sum(unit.sizes)
+    first = value(f"{name}.conv1.weight", *unit.conv1.weight.shape)
+    last = value(f"{name}.conv2.weight", unit.out_channels, hidden, 3, 3)
+    norm = {key: value(f"{name}.bn1.{key}", hidden) for key in STATISTICS}
+    order = contribution(last, norm["weight"], norm["bias"]).argsort(descending=True, stable=True)
+    if isinstance(unit, PathBasic):  # sub-blocks get every N-th rank, so that they start equally good
+        order = torch.cat([order[g :: len(unit.sizes)] for g in range(len(unit.sizes))])
+    unit.conv1.weight.copy_(first[order])
     for key in STATISTICS:
-        take(getattr(unit.bn1, key), f"{name}.bn1.{key}", rank)
+        getattr(unit.bn1, key).copy_(norm[key][order])
     if isinstance(unit.shortcut, nn.Sequential):
-        take(unit.shortcut[0].weight, f"{name}.shortcut.0.weight")
-        for key in STATISTICS:
-            take(getattr(unit.shortcut[1], key), f"{name}.shortcut.1.{key}")
+        _take(unit.shortcut[0], f"{name}.shortcut.0", ("weight",), value)
+        _take(unit.shortcut[1], f"{name}.shortcut.1", STATISTICS, value)
     if isinstance(unit, GroupedBasic):
-        take(unit.conv2.weight, f"{name}.conv2.weight", rank, 1)
+        unit.conv2.weight.copy_(last[:, order])
         for key in STATISTICS:
-            for row in getattr(unit.bn2, key):
-                take(row, f"{name}.bn2.{key}")
+            getattr(unit.bn2, key).copy_(value(f"{name}.bn2.{key}", unit.out_channels))  # the same for all widths
     elif isinstance(unit, PathBasic):
-        _split_last(unit, name, rank, take)
+        _split_last(unit, name, last[:, order], value)
 
 
-def _split_last(unit: PathBasic, name: str, rank: Tensor, take) -> None:  # type: ignore[no-untyped-def]
-    """Sub-blocks get every N-th channel's rank, so that they start equally good; mean and bias are shared out evenly.
+def _split_last(unit: PathBasic, name: str, last: Tensor, value: Value) -> None:
+    """Each sub-block gets its part of conv2; mean and bias of bn2 are shared out evenly.
 
     With all sub-blocks open, the eval-mode net computes the dense net exactly.
     """
     parts = len(unit.sizes)
-    mixed = torch.cat([torch.arange(g, len(rank), parts) for g in range(parts)])
-    for tensor in (unit.conv1.weight, *(getattr(unit.bn1, key) for key in STATISTICS)):
-        tensor.copy_(tensor[mixed].clone())
-    order = rank[mixed].split(unit.sizes)
-    for g, (conv, norm) in enumerate(zip(unit.conv2, unit.bn2, strict=True)):
-        take(conv.weight, f"{name}.conv2.weight", order[g], 1)
-        for key in STATISTICS:
-            take(getattr(norm, key), f"{name}.bn2.{key}")
-        norm.running_mean.div_(parts)
-        norm.bias.div_(parts)
+    for weight, conv, norm in zip(last.split(unit.sizes, 1), unit.conv2, unit.bn2, strict=True):
+        conv.weight.copy_(weight)  # type: ignore[operator]
+        _take(norm, f"{name}.bn2", STATISTICS, value)
+        norm.running_mean.div_(parts)  # type: ignore[operator]
+        norm.bias.div_(parts)  # type: ignore[operator]
 
 
-def contribution(conv1: Tensor, conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+def contribution(conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """How much each hidden channel adds to a block's output: E[u^2] * |w_next|^2, shape (hidden,). Ours.
 
     u = ReLU(z) with z ~ N(beta, gamma^2) after BatchNorm, so E[u^2] is known without data. The papers rank by the norm

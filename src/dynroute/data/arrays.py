@@ -81,6 +81,7 @@ def read_splits(path: Path, arrays: Arrays) -> dict[str, Split]:
 
 
 def read_split(path: Path, arrays: Arrays, name: str) -> Split:
+    """One split, its arrays checked. Raises InputError that names file and array."""
     for key in (f"{name}_images", f"{name}_labels"):
         if key not in arrays:
             raise InputError(f"{path}: no array {key!r} inside (it has: {', '.join(sorted(arrays)) or 'none'})")
@@ -159,6 +160,7 @@ def counted(path: Path, key: str, arrays: Arrays, values: Tensor) -> tuple[int, 
 
 
 def within(path: Path, key: str, labels: Tensor, classes: int) -> None:
+    """Raises InputError where a label lies beyond the classes."""
     if int(labels.max()) >= classes:
         raise InputError(f"{path}: {key} goes up to {int(labels.max())}, but there are only {classes} classes")
 

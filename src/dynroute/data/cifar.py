@@ -79,6 +79,7 @@ def read(spec: DataSpec, torchvision_name: str, options: DataOptions) -> Dataset
 
 
 def from_npz(path: Path, spec: DataSpec) -> dict[str, Split]:
+    """The splits of a .npz file with CIFAR's classes."""
     splits = read_splits(path, read_arrays(path))
     for part, split in splits.items():
         within(path, f"{part}_labels", split.labels, spec.classes)

@@ -42,6 +42,7 @@ def star(points: int, inner: float) -> Distance:
 
 
 def polygon(n: int) -> Distance:
+    """The regular polygon with n corners at radius 1."""
     return star(n, float(np.cos(np.pi / n)))
 
 
@@ -59,18 +60,22 @@ def convex(*corners: tuple[float, float]) -> Distance:
 
 
 def box(half_width: float, half_height: float, at_x: float = 0.0, at_y: float = 0.0) -> Distance:
+    """An upright rectangle around (at_x, at_y)."""
     return lambda x, y: np.maximum(np.abs(x - at_x) - half_width, np.abs(y - at_y) - half_height)
 
 
 def disc(radius: float = 1.0, at_x: float = 0.0, stretch: float = 1.0) -> Distance:
+    """A disc, or an ellipse where `stretch` is not 1."""
     return lambda x, y: np.hypot(x - at_x, y * stretch) - radius
 
 
 def union(*parts: Distance) -> Distance:
+    """What lies in any of the parts."""
     return lambda x, y: np.minimum.reduce([part(x, y) for part in parts])
 
 
 def minus(whole: Distance, hole: Distance) -> Distance:
+    """What lies in the whole and not in the hole."""
     return lambda x, y: np.maximum(whole(x, y), -hole(x, y))
 
 

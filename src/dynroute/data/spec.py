@@ -154,6 +154,8 @@ def assemble(
     train, test = limited(train, options.train_images), limited(test, options.test_images)
     if val is None:
         train, val = cut(train, options.calibration)
+        if len(train) < 2:  # BatchNorm cannot train on one
+            raise InputError("calibration leaves 1 training image of 2; give 3 or more, or lower data.calibration")
     else:
         val = limited(val, options.test_images)
     return Dataset(spec, train, val, test)

@@ -60,7 +60,8 @@ def base_name(run: str) -> str:
 
 def identity(row: Row) -> str:
     """What the seeds of one experiment share. The config hash leaves out seed and name."""
-    return row["config_hash"] or base_name(row["run"])
+    made = row["config_hash"] or base_name(row["run"])
+    return made if row["checkpoint"] in ("", "last") else f"{made}-{row['checkpoint']}"
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from dynroute.routers import gates, qlearn, static
-from dynroute.routers.base import Method, Phase, Router, State, cross_entropy, legal, ranged
+from dynroute.routers.base import Method, Phase, Router, State, cross_entropy, legal, ranged, stacked
 
 ROUTERS: dict[str, Method] = {
-    "static": Method(static.StaticRouter, static.StaticOptions, static.phases),
-    "random": Method(static.RandomRouter, static.RandomOptions, static.phases),
-    "rnp": Method(qlearn.QRouter, qlearn.RnpOptions, qlearn.phases, unit="channels"),
-    "rnr": Method(qlearn.QRouter, qlearn.RnrOptions, qlearn.phases, unit="channels"),
-    "dmnn": Method(gates.GateRouter, gates.DmnnOptions, gates.phases, unit="paths"),
+    "static": Method(
+        static.StaticRouter, static.StaticOptions, static.phases, about="control: dense, or uniformly narrower"
+    ),
+    "random": Method(
+        static.RandomRouter, static.RandomOptions, static.phases, about="control: parts drawn at random at a rate"
+    ),
+    "rnp": Method(
+        qlearn.QRouter,
+        qlearn.RnpOptions,
+        qlearn.phases,
+        "channels",
+        "Runtime Neural Pruning (NIPS 2017): Q-agent, channel groups",
+    ),
+    "rnr": Method(
+        qlearn.QRouter,
+        qlearn.RnrOptions,
+        qlearn.phases,
+        "channels",
+        "Runtime Network Routing (TPAMI 2019), incremental",
+    ),
+    "dmnn": Method(
+        gates.GateRouter,
+        gates.DmnnOptions,
+        gates.phases,
+        "paths",
+        "Dynamic Multi-path Neural Network (2019): gated sub-blocks",
+    ),
 }
 
-__all__ = ["ROUTERS", "Method", "Phase", "Router", "State", "cross_entropy", "legal", "ranged"]
+__all__ = ["ROUTERS", "Method", "Phase", "Router", "State", "cross_entropy", "legal", "ranged", "stacked"]

@@ -72,12 +72,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of ROUTERS: the router, its options, the unit form it needs ("any": every form), and its phases."""
+    """A row of ROUTERS: the router, its options, its phases, the unit form it needs ("any": every form).
+
+    about: a sentence for `dynroute list`.
+    """
 
     router: Callable[[Sequence[UnitSpec], Any, int], Router]  # specs, options, superclasses of the data (0: none)
     options: type
     phases: Callable[[RoutedNet, Any], Iterator[Phase]]
     unit: str = "any"
+    about: str = ""
 
 
 def legal(keep_BG: Tensor, spec: UnitSpec) -> Tensor:
@@ -87,6 +91,13 @@ def legal(keep_BG: Tensor, spec: UnitSpec) -> Tensor:
     if not spec.skippable:
         keep_BG = torch.cat([torch.ones_like(keep_BG[:, :1]), keep_BG[:, 1:]], 1)
     return keep_BG
+
+
+def stacked(keeps: Sequence[Tensor]) -> Tensor:
+    """One tensor (..., U, G) of one (..., G) a unit; units with fewer parts are padded with zeros."""
+    widest = max(keep.shape[-1] for keep in keeps)
+    rows = [k if k.shape[-1] == widest else nn.functional.pad(k, (0, widest - k.shape[-1])) for k in keeps]
+    return torch.stack(rows, -2)
 
 
 def cross_entropy(out: Output, batch: Batch) -> dict[str, Tensor]:

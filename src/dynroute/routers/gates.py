@@ -115,10 +115,11 @@ class GateRouter(Router):
 def phases(net: RoutedNet, options: DmnnOptions) -> Iterator[Phase]:
     """One phase: everything is trained together on L = L_cls + L_cat + lambda L_res (16)."""
     weights_U = torch.tensor([category_weight(s) for s in net.router.specs])
+    parts_U = torch.tensor([s.parts for s in net.router.specs])
 
     def loss(out: Output, batch: Batch) -> dict[str, Tensor]:
         terms = cross_entropy(out, batch)
-        terms["loss_resource"] = options.resource_weight * resource_loss(out, options.target, net.cost.dense)
+        terms["loss_resource"] = options.resource_weight * resource_loss(out, parts_U, options.target, net.cost.dense)
         if "category" in out.trace.notes and batch.superclasses is not None:
             terms["loss_category"] = category_loss(out, batch.superclasses, weights_U)
         return terms
@@ -126,12 +127,13 @@ def phases(net: RoutedNet, options: DmnnOptions) -> Iterator[Phase]:
     yield Phase("joint", options.epochs, ("backbone", "router"), loss, router_scale=options.gate_lr)
 
 
-def resource_loss(out: Output, target: float, dense: float) -> Tensor:
+def resource_loss(out: Output, parts_U: Tensor, target: float, dense: float) -> Tensor:
     """L_res = sum_l (e_l - r)^2 + (F_act / F_full - t)^2 with r = t, equations (11)-(15).
 
     F_act is the mean of the reported per-image MACs, stem, head and controllers included; F_full the dense net's.
     """
-    rate_U = out.trace.keep_BUG.mean((0, 2))
+    keep_BUG = out.trace.keep_BUG
+    rate_U = keep_BUG.sum(2).mean(0) / parts_U.to(keep_BUG.device)
     share = (out.macs_B.mean() / dense).float()
     return (rate_U - target).square().sum() + (share - target).square()
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
-from dynroute.routers.base import Phase, Router, cross_entropy, ranged
+from dynroute.routers.base import Phase, Router, cross_entropy, ranged, stacked
 
 if TYPE_CHECKING:
     from dynroute.net import RoutedNet
@@ -40,8 +40,8 @@ GATES_OF = {"rnn": 1, "gru": 3, "lstm": 4}
 class RnpOptions:
     """The `router` section for router.name=rnp. "Ours" marks what the paper does not state."""
 
-    pretrain_epochs: int = 0
-    """Epochs of the dense net before anything else; 0 where backbone.weights brings a trained one."""
+    pretrain_epochs: int = 4
+    """Epochs of the dense net before anything else; set 0 where backbone.weights brings a trained one."""
     widths_epochs: int = 4
     """Epochs of the CNN under random actions, so that every width works (stage 2 of the authors' code)."""
     rounds: int = 2
@@ -55,7 +55,8 @@ class RnpOptions:
     action_cost: str = "index"
     """Cost of action i: index, the paper's (i-1), or share, its part of the unit's multiply-adds."""
     charge: list[float] | None = None
-    """Charge per unit of cost: [-p] or [low, high]; a range is drawn from, image by image, and given to the agent."""
+    """Charge per unit of cost: [-p] or [low, high]; a range is drawn from, image by image, and given to the agent.
+    Empty: [0.1] for rnp (the paper's p = -0.1), [0.0, 0.15] for rnr."""
     alpha: float = 1.0
     """Scale of the classification loss in the reward."""
     gamma: float = 1.0
@@ -125,7 +126,7 @@ class RnrOptions(RnpOptions):
 
     def __post_init__(self) -> None:
         """Fill in the charge, a range, and check as RNP does."""
-        self.charge = [0.0, 0.3] if self.charge is None else self.charge
+        self.charge = [0.0, 0.15] if self.charge is None else self.charge
         super().__post_init__()
 
 
@@ -151,6 +152,7 @@ class QRouter(Router):
         assert options.charge is not None
         self.low, self.high = options.charge[0], options.charge[-1]
         self.conditioned = self.high > self.low
+        self.actions = max(s.parts for s in specs)
         size = options.hidden
         # standardised per channel, so that an encoder need not learn the scale of its feature map
         self.norms = nn.ModuleList(nn.BatchNorm1d(s.in_channels, affine=False) for s in specs)
@@ -186,6 +188,7 @@ class QRouter(Router):
             explore_B = torch.rand(len(q_BA), device=q_BA.device) < self.epsilon
             action_B = torch.where(explore_B, torch.randint_like(action_B, q_BA.shape[1]), action_B)
         reward_B = -state.charge_B * self.get_buffer(f"cost_{u}")[action_B]
+        q_BA = F.pad(q_BA, (0, self.actions - q_BA.shape[1]), value=-torch.inf)  # never the best of the next unit
         notes = {"q": q_BA, "action": action_B, "reward": reward_B}
         return Decision(self.get_buffer(f"keep_{u}")[action_B], notes), Memory(h_BD, c_BD, state.charge_B, action_B)
 
@@ -268,7 +271,7 @@ def random_widths(specs: Sequence[UnitSpec]) -> Callable[[int], Tensor]:
         free_BU = torch.rand(images, len(specs))
         mixed_BU = torch.where(kind_B1 < 0.5, jitter_BU, torch.where(kind_B1 < 0.75, level_B1, free_BU))
         action_BU = (mixed_BU * parts).long()
-        return torch.stack([keep[action_BU[:, u]] for u, keep in enumerate(keeps)], 1)
+        return stacked([keep[action_BU[:, u]] for u, keep in enumerate(keeps)])
 
     return draw
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynroute.contracts import Decision, UnitSpec
-from dynroute.routers.base import Phase, Router, State, cross_entropy, legal, ranged
+from dynroute.routers.base import Phase, Router, State, cross_entropy, legal, ranged, stacked
 
 if TYPE_CHECKING:
     from dynroute.net import RoutedNet
@@ -120,7 +120,6 @@ def _explored(net: RoutedNet):  # type: ignore[no-untyped-def]
         return None
 
     def draw(images: int) -> Tensor:
-        rows = [legal((torch.rand(images, s.parts) < router.rate).float(), s) for s in router.specs]
-        return torch.stack(rows, 1)
+        return stacked([legal((torch.rand(images, s.parts) < router.rate).float(), s) for s in router.specs])
 
     return draw

@@ -1,0 +1,191 @@
+"""The dial on made-up nets, scores by hand, and latency's side conditions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dynroute.contracts import Batch, Output, Trace
+from dynroute.measure import Dial, Scores, evaluate, latency, make_dial
+from dynroute.skipping import FastNet
+from dynroute.testing import random_routes
+from tiny import PAIRS, make_net, pictures
+
+
+def dial(share: Callable[[float], float], limits: tuple[float, float] = (-1e4, 1e4)) -> tuple[Dial, list[float]]:
+    """A dial and the prices it measures."""
+    asked: list[float] = []
+
+    def measured(price: float) -> float:
+        asked.append(price)
+        return share(price)
+
+    return Dial(measured, limits), asked
+
+
+def smooth(price: float) -> float:
+    return 0.2 + 0.8 / (1 + math.exp(min(5 * price, 700)))
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.6, 0.9, 0.99])
+def test_a_smooth_dial_meets_its_target(target: float) -> None:
+    finder, asked = dial(smooth)
+    price, share = finder.find(target)
+    assert share == smooth(price)
+    assert abs(share - target) <= 0.002
+    assert len(asked) == len(set(asked)) <= 27
+
+
+@settings(deadline=None)
+@given(
+    st.floats(0.1, 1),
+    st.floats(1e-3, 1e3),
+    st.floats(-100, 100),
+)
+def test_a_dial_of_any_scale_is_found(target: float, steepness: float, centre: float) -> None:
+    finder, asked = dial(lambda p: 0.5 - 0.5 * math.tanh(steepness * (p - centre)))
+    _, share = finder.find(target, tries=60)
+    lumps = steepness * abs(centre) > 1e5  # steeper than the scale's resolution
+    assert lumps or abs(share - target) <= 0.002
+    assert len(asked) == len(set(asked))
+
+
+def test_a_lumpy_dial_gives_the_nearest_step() -> None:
+    finder, asked = dial(lambda p: 0.2 if p > 0.3 else 0.45 if p > -0.1 else 1.0)
+    assert [finder.find(t)[1] for t in (0.3, 0.4, 0.7, 0.8)] == [0.2, 0.45, 0.45, 1.0]
+    assert len(asked) == len(set(asked))
+
+
+def test_a_dial_that_is_not_monotone_still_brackets() -> None:
+    wavy = lambda p: smooth(p) + 0.1 * math.sin(8 * p) * math.exp(-(p**2))  # noqa: E731
+    finder, asked = dial(wavy)
+    for target in (0.3, 0.5, 0.6, 0.8):
+        price, share = finder.find(target)
+        assert share == wavy(price) and abs(share - target) <= 0.002
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize(("target", "end"), [(0.01, 0.2), (1.0, 0.9)])
+def test_out_of_reach_the_best_end_is_returned(target: float, end: float) -> None:
+    finder, asked = dial(lambda p: min(max(0.55 - p, 0.2), 0.9))
+    assert finder.find(target)[1] == end
+    assert len(asked) == 3  # both ends and the trained point: nothing else can help
+
+
+def test_a_target_met_by_the_trained_point_leaves_the_price_alone() -> None:
+    assert dial(smooth)[0].find(0.601) == (0.0, smooth(0.0))
+
+
+def test_where_the_dial_is_flat_the_price_nearest_zero_wins() -> None:
+    finder, _ = dial(lambda p: 0.5)
+    assert finder.find(0.5) == (0.0, 0.5)
+    assert finder.find(0.9) == (0.0, 0.5)
+
+
+def test_the_best_point_seen_wins_over_the_last() -> None:
+    finder, _ = dial(lambda p: 0.5 if p == 0 else 1.0 if p < 0 else 0.0)
+    assert finder.find(0.45) == (0.0, 0.5)
+
+
+def test_several_targets_share_what_was_measured() -> None:
+    finder, asked = dial(smooth)
+    finder.find(0.5)
+    before = len(asked)
+    finder.find(0.5)
+    assert len(asked) == before
+    assert finder.span() == (pytest.approx(0.2), 1.0)
+    assert len(asked) == before
+
+
+@pytest.mark.parametrize(("name", "unit"), PAIRS)
+def test_the_dial_of_a_net_measures_the_mean_share(name: str, unit: str) -> None:
+    net = make_net(name, unit)
+    batches = [batch_of(pictures(6, seed)) for seed in (1, 2)]
+    finder = make_dial(net, batches)
+    low, high = finder.span()
+    assert (low, high) == pytest.approx(net.span())
+    price, share = finder.find((low + high) / 2)
+    net.router.price = price
+    assert float(evaluate(net, batches).macs_N.mean()) / net.cost.dense == pytest.approx(share)
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------
+
+
+def batch_of(images: Tensor, labels: Tensor | None = None, start: int = 0) -> Batch:
+    labels = torch.arange(len(images)) % 10 if labels is None else labels
+    return Batch(images, labels, None, torch.arange(start, start + len(images)))
+
+
+class Fake(nn.Module):
+    """Logits are the image; the first pixel is the cost and says which part runs."""
+
+    def forward(self, x: Tensor) -> Output:
+        assert not self.training
+        keep = F.one_hot(x[:, 0].long() % 2, 2)[:, None].float()
+        return Output(x, Trace(keep, {}), x[:, 0].double() * 10)
+
+
+def test_scores_by_hand() -> None:
+    x = torch.tensor([[3.0, 1, 2, 0, 0, 0, 0], [0, 9, 8, 7, 6, 5, 4], [2, 1, 0, 0, 0, 3, 0]])
+    labels = torch.tensor([0, 6, 1])
+    net: Any = Fake()
+    scores = evaluate(net, [batch_of(x[:2], labels[:2]), batch_of(x[2:], labels[2:], start=2)])
+    assert net.training
+    assert scores.predicted_N.tolist() == [0, 1, 5]
+    assert scores.right_N.tolist() == [True, False, False]
+    assert scores.top5_N.tolist() == [True, False, True]
+    by_hand = [float(row.logsumexp(0) - row[k]) for row, k in zip(x, labels, strict=True)]
+    assert scores.loss_N.tolist() == pytest.approx(by_hand)
+    assert scores.macs_N.tolist() == [30, 0, 20]
+    assert scores.keep_NUG.tolist() == [[[0, 1]], [[1, 0]], [[1, 0]]] and scores.keep_NUG.dtype == torch.uint8
+    assert scores.index_N.tolist() == [0, 1, 2]
+    assert scores.routes() == 2
+
+
+def test_macs_quantiles() -> None:
+    macs = torch.arange(101, dtype=torch.float64) * 2
+    empty = torch.zeros(0)
+    scores = Scores(empty, empty, empty, empty, empty, macs[torch.randperm(101)], empty, empty)
+    assert [scores.macs_at(q) for q in (0.0, 0.05, 0.5, 0.95, 1.0)] == pytest.approx([0, 10, 100, 190, 200])
+
+
+@pytest.mark.parametrize(("name", "unit"), PAIRS)
+def test_evaluating_twice_or_with_the_fast_run_gives_the_same(name: str, unit: str) -> None:
+    net = make_net(name, unit).train()
+    batches = [batch_of(pictures(4, s), start=4 * s) for s in range(2)]
+    one, two, fast = evaluate(net, batches), evaluate(net, batches), evaluate(net, batches, FastNet(net))
+    assert torch.equal(one.macs_N, two.macs_N) and torch.equal(one.loss_N, two.loss_N)
+    assert torch.equal(fast.keep_NUG, one.keep_NUG)
+    assert torch.allclose(fast.loss_N, one.loss_N, atol=1e-4)
+
+
+# --- latency ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_latency_is_positive_and_leaves_the_price(batch: int) -> None:
+    net = make_net("dmnn", "paths")
+    net.router.price = 0.25
+    images = pictures(4)
+    before = net(images).trace.keep_BUG
+    found = latency(net, images, batch=batch, repeats=3)
+    assert found.p50 > 0 and found.dense_p50 > 0
+    assert (found.batch, found.threads, found.device) == (batch, torch.get_num_threads(), "cpu")
+    assert net.router.price == 0.25
+    assert torch.equal(net(images).trace.keep_BUG, before)
+
+
+def test_random_routes_are_legal_for_the_span() -> None:
+    net = make_net("dmnn", "channels")
+    shares = net.cost(random_routes(net.backbone.specs, 100)) / net.cost.dense
+    low, high = net.span()
+    assert low - 1e-12 <= float(shares.min()) and float(shares.max()) <= high + 1e-12

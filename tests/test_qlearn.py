@@ -1,0 +1,325 @@
+"""The Q-agent: targets by hand, each image's own loss, and a small world in which the right action is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynroute.contracts import Batch, InputError, Output, Trace, UnitSpec
+from dynroute.routers.base import stacked
+from dynroute.routers.qlearn import (
+    QRouter,
+    RnpOptions,
+    RnrOptions,
+    action_costs,
+    action_keeps,
+    phases,
+    random_widths,
+    td_loss,
+    td_targets,
+)
+from dynroute.testing import check_router
+from tiny import make_net, pictures
+
+NESTED = UnitSpec("n", 4, 4, "nested", False, (0.1, 0.2, 0.3, 0.4))
+CHOICE = UnitSpec("c", 4, 3, "choice", False, (0.25, 0.5, 1.0))
+
+
+# --- the loss, by hand ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trace", "first"),
+    [
+        (0.0, -0.1 + 0.5 * 5.0),
+        (0.7, -0.1 + 0.5 * (0.3 * 5.0 + 0.7 * -1.0)),
+        (1.0, -0.1 + 0.5 * -1.0),
+    ],
+)
+def test_targets_of_two_units(trace: float, first: float) -> None:
+    q_BUA = torch.tensor([[[1.0, 2.0], [3.0, 5.0]]], requires_grad=True)
+    reward_BU = torch.tensor([[-0.1, -1.0]])
+    targets = td_targets(q_BUA, reward_BU, gamma=0.5, trace=trace)
+    assert not targets.requires_grad
+    assert targets[0].tolist() == pytest.approx([first, -1.0])
+
+
+def test_targets_of_three_units_reach_back() -> None:
+    q_BUA = torch.tensor([[[9.0, 9.0], [1.0, 4.0], [2.0, 0.0]]])
+    targets = td_targets(q_BUA, torch.tensor([[1.0, 10.0, 100.0]]), gamma=0.5, trace=0.5)
+    second = 10 + 0.5 * (0.5 * 2 + 0.5 * 100)
+    assert targets[0].tolist() == [1 + 0.5 * (0.5 * 4 + 0.5 * second), second, 100]
+
+
+def made_up(images: int = 5, units: int = 2) -> tuple[Output, Batch]:
+    """An Output as if an agent had decided, and its batch."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(images, units, 3, generator=generator, requires_grad=True)
+    action = torch.randint(3, (images, units), generator=generator)
+    notes = {"q": q, "action": action, "reward": -0.1 * action.float()}
+    logits = torch.randn(images, 4, generator=generator, requires_grad=True)
+    out = Output(logits, Trace(torch.ones(images, units, 3), notes), torch.zeros(images))
+    labels = torch.arange(images) % 4
+    return out, Batch(torch.empty(images, 0), labels, None, torch.arange(images))
+
+
+def one(out: Output, batch: Batch, i: int) -> tuple[Output, Batch]:
+    notes = {name: value[i : i + 1] for name, value in out.trace.notes.items()}
+    part = Output(out.logits_BK[i : i + 1], Trace(out.trace.keep_BUG[i : i + 1], notes), out.macs_B[i : i + 1])
+    return part, Batch(*(None if t is None else t[i : i + 1] for t in batch))  # type: ignore[arg-type]
+
+
+def test_the_loss_by_hand() -> None:
+    out, batch = made_up(images=1)
+    options = RnpOptions(alpha=2.0, gamma=0.5, trace=0.0)
+    q, action, reward = (out.trace.notes[name][0].detach() for name in ("q", "action", "reward"))
+    own = -F.log_softmax(out.logits_BK[0].detach(), 0)[0]
+    targets = [reward[0] + 0.5 * q[1].max(), reward[1] - 2.0 * own]
+    by_hand = sum((q[u, action[u]] - targets[u]) ** 2 for u in range(2)) / 2
+    assert td_loss(out, batch, options).item() == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_the_terminal_reward_is_each_images_own_loss() -> None:
+    out, batch = made_up()
+    options = RnpOptions(trace=0.7)
+    each = [td_loss(*one(out, batch, i), options).item() for i in range(5)]
+    assert td_loss(out, batch, options).item() == pytest.approx(sum(each) / 5, rel=1e-5)
+    labels = batch.labels.clone()
+    labels[2] = (labels[2] + 1) % 4
+    changed = batch._replace(labels=labels)
+    after = [td_loss(*one(out, changed, i), options).item() for i in range(5)]
+    assert [i for i in range(5) if after[i] != each[i]] == [2]
+    assert td_loss(out, changed, options).item() == pytest.approx(sum(after) / 5, rel=1e-5)
+
+
+def test_the_loss_leaves_its_notes_and_reaches_only_the_action_taken() -> None:
+    out, batch = made_up()
+    before = out.trace.notes["reward"].clone()
+    td_loss(out, batch, RnpOptions()).backward()
+    assert torch.equal(out.trace.notes["reward"], before)
+    assert out.logits_BK.grad is None
+    q, action = out.trace.notes["q"], out.trace.notes["action"]
+    assert q.grad is not None
+    taken = F.one_hot(action, 3).bool()
+    assert bool((q.grad[~taken] == 0).all()) and bool((q.grad[taken] != 0).all())
+
+
+@pytest.mark.parametrize("name", ["rnp", "rnr"])
+def test_the_loss_teaches_the_agent_and_not_the_net(name: str) -> None:
+    net = make_net(name, "channels").train()
+    out = net(pictures(8))
+    batch = Batch(pictures(8), torch.arange(8), None, torch.arange(8))
+    td_loss(out, batch, RnpOptions()).backward()
+    assert all(p.grad is None for p in net.backbone.parameters())
+    assert all(p.grad is not None for p in net.router.parameters())
+
+
+# --- actions ----------------------------------------------------------------------------------------------------
+
+
+def test_actions_of_nested_and_of_alternative_parts() -> None:
+    assert action_keeps(NESTED).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert action_keeps(CHOICE).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_costs_of_actions() -> None:
+    assert action_costs(NESTED, "index").tolist() == [0, 1, 2, 3]  # (i - 1) for i = 1..4
+    assert action_costs(NESTED, "share").tolist() == pytest.approx([0.1, 0.3, 0.6, 1.0])
+    assert action_costs(CHOICE, "share").tolist() == [0.25, 0.5, 1.0]
+
+
+def test_the_reward_charges_the_action_taken() -> None:
+    router = QRouter([NESTED, NESTED], RnpOptions(charge=[0.2]))
+    (decision, _) = router.decide(0, torch.randn(20, 4, 2, 2), router.begin(torch.randn(20, 3, 4, 4)))
+    assert torch.allclose(decision.notes["reward"], -0.2 * (decision.keep_BG.sum(1) - 1))
+
+
+def test_random_widths_are_legal_and_reach_every_width_and_both_ends() -> None:
+    torch.manual_seed(0)
+    keep_BUG = random_widths([NESTED] * 6)(4000)
+    widths_BU = keep_BUG.sum(2)
+    assert torch.equal(keep_BUG, keep_BUG.sort(dim=2, descending=True).values)
+    assert float(widths_BU.min()) == 1
+    shares = torch.stack([(widths_BU == w).float().mean() for w in (1, 2, 3, 4)])
+    assert float(shares.min()) > 0.15
+    all_narrow, all_wide = ((widths_BU == w).all(1).float().mean() for w in (1, 4))
+    assert float(all_narrow) > 0.05 and float(all_wide) > 0.05  # independent draws: 0.0002
+
+
+def test_free_parts_are_refused() -> None:
+    free = UnitSpec("f", 4, 2, "free", True, (0.5, 0.5))
+    with pytest.raises(InputError, match=r"backbone\.unit=channels"):
+        QRouter([free], RnpOptions())
+
+
+def test_units_of_different_numbers_of_actions() -> None:
+    two = UnitSpec("two", 4, 2, "nested", False, (0.5, 0.5))
+    router = QRouter([CHOICE, two], RnpOptions(hidden=8)).train()
+    with torch.no_grad():
+        for decoder in router.decoders:
+            decoder.bias.fill_(-10.0)  # type: ignore[operator, union-attr]
+    state, decisions = router.begin(pictures(6)), []
+    for u in range(2):
+        decision, state = router.decide(u, torch.randn(6, 4, 2, 2), state)
+        decisions.append(decision)
+    q_BUA = stacked([d.notes["q"] for d in decisions])
+    targets = td_targets(q_BUA, torch.zeros(6, 2), gamma=1.0, trace=0.0)
+    assert float(targets[:, 0].max()) < -5, "an action that unit 2 does not have was its best"
+
+
+# --- exploration ------------------------------------------------------------------------------------------------
+
+
+def chosen(router: QRouter, x: Tensor) -> tuple[Tensor, Tensor]:
+    decision, _ = router.decide(0, x, router.begin(x))
+    return decision.notes["action"], decision.notes["q"]
+
+
+def test_epsilon_one_is_uniform_and_zero_is_greedy() -> None:
+    torch.manual_seed(0)
+    router, x = QRouter([NESTED], RnpOptions()), torch.randn(4000, 4, 2, 2)
+    router.epsilon = 1.0
+    counts = torch.bincount(chosen(router, x)[0], minlength=4) / 4000
+    assert torch.allclose(counts, torch.full((4,), 0.25), atol=0.03)
+    router.epsilon = 0.0
+    action, q = chosen(router, x)
+    assert torch.equal(action, q.argmax(1))
+
+
+def test_epsilon_half_leaves_half_and_a_quarter_of_the_rest() -> None:
+    torch.manual_seed(0)
+    router, x = QRouter([NESTED], RnpOptions()), torch.randn(4000, 4, 2, 2)
+    router.epsilon = 0.5
+    action, q = chosen(router, x)
+    assert float((action == q.argmax(1)).float().mean()) == pytest.approx(0.5 + 0.5 / 4, abs=0.03)
+
+
+def test_eval_never_explores() -> None:
+    router, x = QRouter([NESTED], RnpOptions()).eval(), torch.randn(500, 4, 2, 2)
+    router.epsilon = 1.0
+    action, q = chosen(router, x)
+    assert torch.equal(action, q.argmax(1))
+
+
+@pytest.mark.parametrize("options", [RnpOptions(rounds=2), RnrOptions(rounds=2)])
+def test_epsilon_falls_in_the_first_round_and_stays_low(options: RnpOptions) -> None:
+    net = make_net("rnp", "channels")
+    assert isinstance(net.router, QRouter)
+    seen = {}
+    for phase in phases(net, options):
+        for done in (0.0, 0.5, 1.0):
+            if phase.schedule:
+                phase.schedule(done)
+                seen[phase.name, done] = net.router.epsilon
+    assert [seen["agent1", d] for d in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1])
+    assert [seen["agent2", d] for d in (0.0, 1.0)] == pytest.approx([0.1, 0.1])
+
+
+def test_phases_alternate() -> None:
+    net = make_net("rnp", "channels")
+    order = [(p.name, p.trains) for p in phases(net, RnpOptions(rounds=2))]
+    backbone, router = ("backbone",), ("router",)
+    assert order == [
+        ("pretrain", backbone),
+        ("widths", backbone),
+        ("agent1", router),
+        ("cnn1", backbone),
+        ("agent2", router),
+        ("cnn2", backbone),
+        ("joint", ("backbone", "router")),
+    ]
+
+
+# --- a small world ----------------------------------------------------------------------------------------------
+
+
+def play(router: QRouter, hard_B: Tensor, loss: float) -> tuple[Output, Batch]:
+    """Two units; a hard image loses half of `loss` for each that does not run in full, an easy one nothing.
+
+    Channel 0 shows whether the image is hard, channel 1 how much the unit before has run.
+    """
+    pixels_BCHW = torch.randn(len(hard_B), 4, 2, 2)
+    pixels_BCHW[:, 0] += 2.0 * (2 * hard_B[:, None, None] - 1)
+    state, decisions = router.begin(pixels_BCHW), []
+    for u in range(2):
+        decision, state = router.decide(u, pixels_BCHW, state)
+        pixels_BCHW[:, 1] += 3 * decision.keep_BG.mean(1)[:, None, None]
+        decisions.append(decision)
+    keep_BUG = torch.stack([d.keep_BG for d in decisions], 1)
+    notes = {name: torch.stack([d.notes[name] for d in decisions], 1) for name in decisions[0].notes}
+    loss_B = loss / 2 * (keep_BUG.mean(2) < 1).sum(1) * hard_B
+    logits_B2 = torch.stack(
+        [-loss_B.clamp(min=1e-6).expm1().log(), torch.zeros(len(hard_B))], 1
+    )  # cross entropy loss_B
+    labels = torch.zeros(len(hard_B), dtype=torch.long)
+    return Output(logits_B2, Trace(keep_BUG, notes), keep_BUG.sum((1, 2))), Batch(pixels_BCHW, labels, None, labels)
+
+
+def learned(options: RnpOptions, loss: float, steps: int = 600) -> QRouter:
+    torch.manual_seed(0)
+    router = QRouter([NESTED, NESTED], options)
+    adam = torch.optim.Adam(router.parameters(), lr=5e-3)
+    for step in range(steps):
+        router.epsilon = max(1 - 2 * step / steps, 0.1)
+        value = td_loss(*play(router, torch.arange(128) % 2, loss), options)
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+    return router.eval()
+
+
+def shares(router: QRouter) -> tuple[float, float]:
+    """Mean share of the parts run for easy and for hard images."""
+    out, _ = play(router, torch.arange(400) % 2, 1.0)
+    share_B = out.trace.keep_BUG.mean((1, 2))
+    return float(share_B[::2].mean()), float(share_B[1::2].mean())
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind", "trace"), [("rnn", "share", 0.0), ("gru", "index", 0.7), ("lstm", "share", 1.0)]
+)
+def test_the_agent_learns_which_images_are_hard(cell: str, kind: str, trace: float) -> None:
+    charge = 0.2 if kind == "index" else 0.8
+    options = RnpOptions(hidden=24, cell=cell, action_cost=kind, charge=[charge], trace=trace)
+    easy, hard = shares(learned(options, loss=4.0))
+    assert easy < 0.27  # one part of four
+    assert hard > 0.95
+
+
+def test_the_agent_saves_where_the_charge_exceeds_the_loss() -> None:
+    easy, hard = shares(learned(RnpOptions(hidden=24, action_cost="share", charge=[2.0]), loss=1.0))
+    assert easy < 0.3 and hard < 0.3
+
+
+def test_a_conditioned_agent_gets_cheaper_with_the_price_inside_and_outside_its_range() -> None:
+    options = RnrOptions(hidden=24, charge=[0.1, 2.0])
+    router = learned(options, loss=1.5)  # the full unit pays below 0.75 / 0.9
+    seen = []
+    for price in (-1e4, -0.95, -0.6, 0.6, 0.95, 1e4):
+        router.price = price
+        seen.append(shares(router)[1])
+    assert seen[0] == 1.0 and seen[-1] == 0.25
+    assert seen[1] > 0.9 and seen[4] < 0.35, seen
+    assert sorted(seen, reverse=True) == pytest.approx(seen, abs=0.02)
+
+
+def test_charges_are_drawn_from_the_range_in_training_and_set_by_the_dial_in_eval() -> None:
+    router = QRouter([NESTED], RnrOptions(charge=[0.1, 0.5]))
+    drawn = router.begin(torch.randn(2000, 3, 2, 2)).charge_B
+    assert 0.1 <= float(drawn.min()) < 0.11 and 0.49 < float(drawn.max()) <= 0.5
+    router.eval()
+    for price, asked in ((0.0, 0.3), (0.1, 0.4), (-0.05, 0.25), (9.0, 0.5), (-9.0, 0.1)):
+        router.price = price
+        assert router.begin(torch.randn(3, 3, 2, 2)).charge_B.tolist() == pytest.approx([asked] * 3)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("charge", [[0.1], [0.0, 0.3]])
+def test_every_cell_keeps_the_contract(cell: str, charge: list[float]) -> None:
+    torch.manual_seed(0)
+    options: Any = RnpOptions(cell=cell, hidden=8, charge=charge)
+    check_router(QRouter([NESTED, CHOICE], options))
