@@ -315,8 +315,9 @@ def load_tensors(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # torch and pickle raise a dozen types for broken or unsafe files
-        unsafe = "unsupported" in str(error).lower()
-        what = "it holds more than tensors and could run code" if unsafe else "broken or truncated"
+        what = f"broken or truncated ({type(error).__name__})"
+        if "unsupported" in str(error).lower():
+            what = "it holds more than tensors and could run code"
         raise InputError(f"{path} was not loaded: {what}") from None
 
 
