@@ -125,7 +125,8 @@ def merge_eval(path: Path, row: EvalRow) -> None:
     old = read_rows(path) if path.exists() else []
     new = {k: _cell(v) for k, v in as_dict(row).items()}
     same = ("split", "flops_target", "checkpoint")
-    kept = [{k: r.get(k, "") for k in EVAL_COLUMNS} for r in old if any(r.get(k) != new[k] for k in same)]
+    old = [{k: r.get(k, "") for k in EVAL_COLUMNS} | {"checkpoint": r.get("checkpoint") or "last"} for r in old]
+    kept = [r for r in old if any(r[k] != new[k] for k in same)]
     write_rows(path, [*kept, new], EVAL_COLUMNS)
 
 
