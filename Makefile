@@ -17,7 +17,7 @@ CIFAR10 := dense static_60 rnr dmnn rnp static_40 static_80 given
 
 demo: .venv/ready
 	@rm -rf $(DEMO)
-	$(BIN)/dynroute train router.name=static router.width=0.5 router.epochs=6 --out $(DEMO)/static
+	$(BIN)/dynroute train router.name=static router.width=0.49 backbone.parts=16 router.epochs=6 --out $(DEMO)/static
 	$(BIN)/dynroute train router.name=dmnn router.epochs=7 --out $(DEMO)/dmnn
 	$(BIN)/dynroute train -c experiments/shapes/rnp.yaml --out $(DEMO)/rnp
 	$(BIN)/dynroute eval $(DEMO)/static

@@ -128,6 +128,12 @@ def test_static_control_is_the_chord(tmp_path: Path) -> None:
     assert shown == ["", "", "+1.00", "-1.00 below static", "+0.00 level with static", ""]
 
 
+def test_one_static_net_close_by_is_a_control(tmp_path: Path) -> None:
+    near, far = row(0.481, 0.86, run="a", config_hash="a"), row(0.479, 0.86, run="b", config_hash="b")
+    _, lines = table_of(tmp_path, row(0.5, 0.85, method="static", run="s"), near, far)
+    assert {x["label"]: x["static_top1"] for x in lines if x["method"] == "dmnn"} == {"a": "0.85", "b": ""}
+
+
 def test_no_static_control_from_another_backbone(tmp_path: Path) -> None:
     _, lines = table_of(tmp_path, *STATIC, row(0.5, 0.9, backbone="vgg16"))
     assert [x["static_top1"] for x in lines] == ["", "", ""]

@@ -21,7 +21,7 @@ NOTES = (
     "share: that mean as a part of the dense net's multiply-adds. missed: over 0.02 away from the target.",
     "top-1: mean +- sample standard deviation (number of seeds). n=1: a single run, its spread unknown.",
     "vs static: top-1 less that of the static nets at the same share, in points, on the straight line "
-    "between the two neighbouring static nets. Empty where static nets do not lie on both sides.",
+    "between the two neighbouring static nets, or those of a single one within 0.02 of that share. Empty elsewhere.",
 )
 PAPER_NOTES = (
     "certainty. seen: in the authors' own text, poster or code. second-hand: quoted by others. "

@@ -116,10 +116,15 @@ def chord(part: pd.DataFrame) -> tuple[list[float], list[float]]:
 
 
 def _on_chord(share: float, shares: list[float], top1s: list[float]) -> float:
-    """Linear between the neighbouring static nets; nan outside them: an extrapolation is no measurement."""
+    """Linear between the neighbouring static nets; a static net as near as a target must be met stands in beyond their ends.
+
+    Farther out nan: an extrapolation is no measurement.
+    """
     import numpy as np
 
-    return float(np.interp(share, shares, top1s, left=np.nan, right=np.nan)) if shares else float("nan")
+    if not shares or not shares[0] - TOLERANCE <= share <= shares[-1] + TOLERANCE:
+        return float("nan")
+    return float(np.interp(share, shares, top1s))
 
 
 CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
