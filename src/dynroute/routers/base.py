@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
-
-if TYPE_CHECKING:  # net.py stands above this room; only its type is named here
-    from dynroute.net import RoutedNet
+from dynroute.cost import NetCost
 
 State = Any
 
@@ -46,6 +44,16 @@ class Router(nn.Module):
     def macs(self) -> float:
         """Multiply-adds of all decisions of one image, counted as for the net."""
         return 0.0
+
+
+class Net(Protocol):
+    """What a method's phases may know of the net they train (`net.RoutedNet` is one)."""
+
+    router: Router
+    cost: NetCost
+
+    def dense_routes(self, images: int) -> Tensor:
+        """keep_BUG of the dense net."""
 
 
 @dataclass
@@ -79,7 +87,7 @@ class Method:
 
     router: Callable[[Sequence[UnitSpec], Any, int], Router]  # specs, options, superclasses of the data (0: none)
     options: type
-    phases: Callable[[RoutedNet, Any], Iterator[Phase]]
+    phases: Callable[[Net, Any], Iterator[Phase]]
     unit: str = "any"
     about: str = ""
 

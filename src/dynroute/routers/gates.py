@@ -10,17 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, Output, UnitSpec
-from dynroute.routers.base import Phase, Router, State, cross_entropy, legal, ranged
-
-if TYPE_CHECKING:
-    from dynroute.net import RoutedNet
+from dynroute.routers.base import Net, Phase, Router, State, cross_entropy, legal, ranged
 
 
 @dataclass
@@ -112,7 +108,7 @@ class GateRouter(Router):
         return (soft > 0.5).float() + (soft - soft.detach())  # in this order the sum is exactly 0 or 1
 
 
-def phases(net: RoutedNet, options: DmnnOptions) -> Iterator[Phase]:
+def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
     """One phase: everything is trained together on L = L_cls + L_cat + lambda L_res (16)."""
     weights_U = torch.tensor([category_weight(s) for s in net.router.specs])
     parts_U = torch.tensor([s.parts for s in net.router.specs])

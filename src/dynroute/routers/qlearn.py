@@ -16,17 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
-from dynroute.routers.base import Phase, Router, cross_entropy, ranged, stacked
-
-if TYPE_CHECKING:
-    from dynroute.net import RoutedNet
+from dynroute.routers.base import Net, Phase, Router, cross_entropy, ranged, stacked
 
 CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
     "rnn": nn.RNNCell,
@@ -276,7 +273,7 @@ def random_widths(specs: Sequence[UnitSpec]) -> Callable[[int], Tensor]:
     return draw
 
 
-def phases(net: RoutedNet, options: RnpOptions) -> Iterator[Phase]:
+def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
     """pretrain -> widths -> (agent -> cnn) x rounds -> joint, as Algorithm 1 of RNP and the stages of its code."""
     router = net.router
     assert isinstance(router, QRouter)

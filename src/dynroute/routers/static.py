@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dynroute.contracts import Decision, UnitSpec
-from dynroute.routers.base import Phase, Router, State, cross_entropy, legal, ranged, stacked
-
-if TYPE_CHECKING:
-    from dynroute.net import RoutedNet
+from dynroute.routers.base import Net, Phase, Router, State, cross_entropy, legal, ranged, stacked
 
 
 @dataclass
@@ -108,12 +104,12 @@ def _draws(seed_B: Tensor, u: int, parts: int) -> Tensor:
     return mixed_BG.double() / 2_147_483_647
 
 
-def phases(net: RoutedNet, options: StaticOptions | RandomOptions) -> Iterator[Phase]:
+def phases(net: Net, options: StaticOptions | RandomOptions) -> Iterator[Phase]:
     """One phase: the backbone learns under the router's own routes."""
     yield Phase("train", options.epochs, ("backbone",), cross_entropy, routes=_explored(net))
 
 
-def _explored(net: RoutedNet):  # type: ignore[no-untyped-def]
+def _explored(net: Net):  # type: ignore[no-untyped-def]
     """Random routes must be redrawn in training, but a router that is not trained stands in eval(): draw them here."""
     router = net.router
     if not isinstance(router, RandomRouter):
