@@ -153,6 +153,10 @@ def evaluate(
         print(json.dumps({"rows": [as_dict(r.row) for r in results]}, indent=2))
     else:
         print_results(results)
+    for row in (r.row for r in results):
+        if row.speedup is not None and row.macs_share < 1 and row.speedup <= 1:
+            line = f"FLOPs fall to {row.macs_share:.2f} of dense, time does not: {row.speedup:.2f}x the speed"
+            print(f"{line} at batch {row.latency_batch} on {row.latency_device}", file=sys.stderr)
     missed = [r for r in results if r.missed]
     for r in missed:
         low, high = r.reachable or (0.0, 1.0)
