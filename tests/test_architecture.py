@@ -115,7 +115,7 @@ def test_the_command_line_and_reports_load_no_torch() -> None:
         ("routers", "if TYPE_CHECKING:\n    from dynroute.net import RoutedNet", []),
         ("backbones", "from dynroute import routers", ["dynroute.routers"]),
         ("backbones", "from dynroute.backbones.base import Backbone", []),
-        ("report", "from dynroute.units import UNITS", ["dynroute.units"]),
+        ("report", "from dynroute.units import BASIC", ["dynroute.units"]),
         ("report", "try:\n    import omegaconf\nexcept ImportError:\n    pass", ["omegaconf"]),
         ("runs", "import typer.core", ["typer.core"]),
         ("config", "from omegaconf import OmegaConf", []),

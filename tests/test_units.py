@@ -1,4 +1,4 @@
-"""The units: masked run == narrowed run for every row of UNITS, and mutants that the check must catch."""
+"""The units: masked run == narrowed run for every row of BASIC, and mutants that the check must catch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dynroute.cost import CostTerms
 from dynroute.testing import check_unit, close, shake
-from dynroute.units import FEW, STATISTICS, UNITS, BasicUnit, GroupedBasic, PathBasic, Reorder, WidthNorm, even_split
+from dynroute.units import BASIC, FEW, STATISTICS, BasicUnit, GroupedBasic, PathBasic, Reorder, WidthNorm, even_split
 
 
 def make(kind: type[BasicUnit], parts: int = 3, stride: int = 1, shortcut: str = "A") -> Any:
@@ -25,9 +25,9 @@ def make(kind: type[BasicUnit], parts: int = 3, stride: int = 1, shortcut: str =
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.parametrize("kind", BASIC)
 def test_every_unit_keeps_its_contract(kind: str, parts: int, stride: int, shortcut: str) -> None:
-    check_unit(make(UNITS[kind], parts, stride, shortcut), 6)
+    check_unit(make(BASIC[kind], parts, stride, shortcut), 6)
 
 
 def test_a_skippable_nested_unit_keeps_its_contract() -> None:
@@ -105,9 +105,9 @@ def test_check_unit_catches(mutant: type[BasicUnit], skippable: bool, message: s
         check_unit(unit, 6)
 
 
-@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.parametrize("kind", BASIC)
 def test_nothing_kept_is_the_pure_shortcut(kind: str) -> None:
-    unit = make(UNITS[kind], stride=2, shortcut="B")
+    unit = make(BASIC[kind], stride=2, shortcut="B")
     shake(unit)
     unit.eval()
     x = torch.randn(2, 8, 6, 6)
@@ -226,9 +226,9 @@ def test_an_even_split_is_whole_and_even(channels: int, parts: int) -> None:
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.parametrize("kind", BASIC)
 def test_shares_of_the_parts_sum_to_one_and_follow_their_cost(kind: str) -> None:
-    unit = make(UNITS[kind], parts=3, stride=2, shortcut="B")
+    unit = make(BASIC[kind], parts=3, stride=2, shortcut="B")
     shares, costs = torch.tensor(unit.spec.part_shares), torch.tensor(unit.cost_terms().by_part_G)
     assert float(shares.sum()) == pytest.approx(1.0)
     assert torch.allclose(shares, costs / costs.sum())

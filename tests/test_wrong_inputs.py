@@ -103,7 +103,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "no key": (train("=3"), "'=3' is not of the form key=value"),
     "unfinished list": (train("router.hidden=[1"), "the value cannot be parsed"),
     "a value for a section": (train("optim=3"), "optim has the wrong kind of value"),
-    "too many parts": (train("backbone.parts=99"), "backbone.parts must lie between 0 and backbone.width"),
+    "too many parts": (train("backbone.parts=99"), "backbone.parts must not exceed the width"),
     "unit of another method": (
         ["train", "router.name=rnp", "backbone.unit=paths"],
         "needs backbone.unit=channels (or auto), not 'paths'",

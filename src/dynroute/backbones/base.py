@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
-from dynroute.units import UNITS, Unit
+from dynroute.units import FORMS, Unit, Weights, tensors
 
 USUAL_PARTS = {"channels": 4, "paths": 2}
 
@@ -25,26 +26,33 @@ class BackboneOptions:
     """How a block is cut: channels (nested groups), paths (sub-blocks), or auto (what the router needs)."""
     parts: int = 0
     """Parts a block is cut into; 0: 4 groups of channels (RNP), or 2 sub-blocks (DMNN)."""
-    width: int = 16
-    """Channels of the first stage; later stages double it."""
+    width: int = 0
+    """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets)."""
     shortcut: str = "A"
     """Shortcut where shapes change: A (subsample and zero-pad, no cost) or B (1x1 projection)."""
 
     def __post_init__(self) -> None:
         """Raise InputError on the first value out of range."""
-        if self.unit != "auto" and self.unit not in UNITS:
-            raise InputError(f"backbone.unit must be auto, {' or '.join(UNITS)}, not {self.unit!r}")
+        if self.unit != "auto" and self.unit not in FORMS:
+            raise InputError(f"backbone.unit must be auto, {' or '.join(FORMS)}, not {self.unit!r}")
         if self.shortcut not in ("A", "B"):
             raise InputError(f"backbone.shortcut must be A or B, not {self.shortcut!r}")
-        if not 1 <= self.width <= 4096:
-            raise InputError(f"backbone.width must lie between 1 and 4096, not {self.width}")
-        if not 0 <= self.parts <= self.width:
-            raise InputError(f"backbone.parts must lie between 0 and backbone.width = {self.width}, not {self.parts}")
+        if not 0 <= self.width <= 4096:
+            raise InputError(f"backbone.width must lie between 0 and 4096, not {self.width}")
+        if not 0 <= self.parts <= 4096:
+            raise InputError(f"backbone.parts must lie between 0 and 4096, not {self.parts}")
 
     def resolved(self, needed: str) -> BackboneOptions:
         """The same with nothing left to choose; needed: the unit form of the method, "any" where all will do."""
         unit = self.unit if self.unit != "auto" else {"any": "channels"}.get(needed, needed)
-        return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width))
+        return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width or 4096))
+
+    def wide(self, own: int) -> int:
+        """The width to build, `own` being the net's own. Raises InputError where the parts would not fit into it."""
+        width = self.width or own
+        if self.parts > width:
+            raise InputError(f"backbone.parts must not exceed the width of {self.name}, {width}, not {self.parts}")
+        return width
 
 
 class Backbone(nn.Module):
@@ -77,10 +85,29 @@ class Backbone(nn.Module):
         """The cost of each unit."""
         return [unit.cost_terms() for unit in self.routable]
 
+    def plain(self) -> dict[str, nn.Module]:
+        """The layers of stem and head that hold weights, under their names in the plain dense net."""
+        raise InputError(f"{type(self).__name__} cannot import weights of a plain net")
+
+    def renamed(self, name: str) -> str:
+        """The name, in this project, of a tensor of a plain net's file."""
+        return name
+
+    @torch.no_grad()
     def load_dense(self, state: dict[str, Tensor]) -> None:
         """Take over the weights of the plain dense net. Raises InputError where names or shapes do not fit."""
-        raise InputError(f"{type(self).__name__} cannot import weights of a plain net")
+        layers = self.plain()
+        known = {k.removeprefix("module."): v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+        weights = Weights({self.renamed(k): v for k, v in known.items()})
+        for name, layer in layers.items():
+            weights.copy(layer, name)
+        for unit in self.routable:
+            unit.load_dense(weights.under(unit.spec.name))
+        weights.finish()
 
     def dense_state(self) -> dict[str, Tensor]:
         """The plain dense net's state dict, to be taken over by another form of it. Raises InputError where there is none."""
-        raise InputError(f"{type(self).__name__} in this form has no plain dense net to start from")
+        out = {f"{name}.{k}": v.detach() for name, layer in self.plain().items() for k, v in tensors(layer).items()}
+        for unit in self.routable:
+            out |= {f"{unit.spec.name}.{k}": v for k, v in unit.dense_state().items()}
+        return out

@@ -1,4 +1,6 @@
-"""The routable units of a net, each with a masked run (training) and a really narrower run (inference).
+"""The contract of every routable unit, and the pieces that units are made of.
+
+A unit has a masked run (training) and a really narrower run (inference).
 
 B images, G parts, C channels, H W height and width, A widths. A unit is called with keep_BG in {0, 1}; None means dense.
 
@@ -9,14 +11,15 @@ Two contracts hold for every unit and are checked by `testing.check_unit`:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import Form, UnitSpec
-from dynroute.cost import CostTerms, conv_macs
+from dynroute.contracts import InputError, UnitSpec
+from dynroute.cost import CostTerms
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")  # of a BatchNorm
 FEW = 8  # images of one width in a minibatch below which its batch statistics are too noisy to use (ours, measured)
@@ -42,6 +45,14 @@ class Unit(nn.Module):
     def cost_terms(self) -> CostTerms:
         """MACs by part, and by pairs of parts where a convolution shrinks on both sides."""
         raise NotImplementedError("a unit must write cost_terms()")
+
+    def load_dense(self, weights: Weights) -> None:
+        """Take over the same block of the plain dense net. Raises InputError where names or shapes do not fit."""
+        raise InputError(f"backbone.weights: units of the kind {type(self).__name__} cannot start from a plain net")
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The plain block's tensors under the names that `load_dense` reads. Raises InputError where there is none."""
+        raise InputError(f"units of the kind {type(self).__name__} have no plain dense net to start from")
 
 
 class Reorder(torch.autograd.Function):
@@ -172,134 +183,6 @@ def even_split(channels: int, parts: int) -> list[int]:
     return [channels // parts + (g < channels % parts) for g in range(parts)]
 
 
-class BasicUnit(Unit):
-    """A shared frame of the two basic-block units: 3x3 conv, BatchNorm, ReLU, 3x3 conv, BatchNorm, plus shortcut, ReLU.
-
-    sizes: hidden channels of each part. in_size: height (= width) of the input, for the MAC count.
-    """
-
-    form: Form
-
-    def __init__(
-        self,
-        name: str,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        sizes: list[int],
-        in_size: int,
-        shortcut: str = "A",
-        stage: int = 1,
-        stages: int = 1,
-    ) -> None:
-        super().__init__()
-        hidden = sum(sizes)
-        self.sizes, self.out_channels = sizes, out_channels
-        self.out_size = (in_size + stride - 1) // stride
-        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
-        self.conv1 = nn.Conv2d(in_channels, hidden, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(hidden)
-        shares = tuple(size / hidden for size in sizes)
-        skippable = self.form != "nested"
-        self.spec = UnitSpec(name, in_channels, len(sizes), self.form, skippable, shares, stage, stages)
-
-    def cost_terms(self) -> CostTerms:
-        """Both convolutions shrink with the hidden channels; a projection shortcut always runs."""
-        first = conv_macs(self.out_size, 3, self.spec.in_channels, 1)
-        second = conv_macs(self.out_size, 3, 1, self.out_channels)
-        projection = isinstance(self.shortcut, nn.Sequential)
-        always = conv_macs(self.out_size, 1, self.spec.in_channels, self.out_channels) if projection else 0
-        return CostTerms(always, tuple(float(size * (first + second)) for size in self.sizes))
-
-
-class GroupedBasic(BasicUnit):
-    """Basic block whose hidden channels form G nested groups; keeping a groups computes the first a (RNP; RNR incremental).
-
-    The mask goes after BatchNorm and ReLU: before them, BatchNorm would turn the zeros into non-zeros.
-    """
-
-    form: Form = "nested"
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.conv2 = nn.Conv2d(sum(self.sizes), self.out_channels, 3, 1, 1, bias=False)
-        self.bn2 = WidthNorm(self.out_channels, len(self.sizes))
-
-    def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
-        """The masked run; keep_BG must be a prefix of ones."""
-        u = F.relu(self.bn1(self.conv1(x_BCHW)))
-        if keep_BG is None:
-            return F.relu(self.shortcut(x_BCHW) + self.bn2(self.conv2(u), None))
-        keep_BG = keep_BG[:, : len(self.sizes)]
-        sizes = torch.tensor(self.sizes, device=keep_BG.device)
-        mask_BC = keep_BG.repeat_interleave(sizes, dim=1, output_size=sum(self.sizes))
-        u = u * mask_BC[:, :, None, None].to(u.dtype)
-        y = self.bn2(self.conv2(u), keep_BG.detach().sum(1).long())
-        anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
-        return F.relu(self.shortcut(x_BCHW) + y * anything_B111)
-
-    def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
-        """The block with only its first kept groups of hidden channels."""
-        kept = sum(keep)
-        if kept == 0:
-            return Residual(self.shortcut, None)
-        hidden = slice(0, sum(self.sizes[:kept]))
-        return Residual(
-            self.shortcut,
-            nn.Sequential(
-                sliced_conv(self.conv1, hidden, slice(None)),
-                sliced_norm(self.bn1, hidden),
-                nn.ReLU(),
-                sliced_conv(self.conv2, slice(None), hidden),
-                self.bn2.at(kept),
-            ),
-        ).eval()
-
-
-class PathBasic(BasicUnit):
-    """Basic block split into N sub-blocks with a switch each, summed with the shared shortcut (DMNN, equation 4).
-
-    Every convolution of every sub-block has its BatchNorm. The first convolutions run as one (their BatchNorms on the
-    concatenated channels are the separate ones); the last ones run apart.
-    """
-
-    form: Form = "free"
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.conv2 = nn.ModuleList(nn.Conv2d(s, self.out_channels, 3, 1, 1, bias=False) for s in self.sizes)
-        self.bn2 = nn.ModuleList(nn.BatchNorm2d(self.out_channels) for _ in self.sizes)
-
-    def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
-        """The masked run: shortcut + sum of gate times sub-block."""
-        u = F.relu(self.bn1(self.conv1(x_BCHW)))
-        out = self.shortcut(x_BCHW)
-        for g, (part, conv, norm) in enumerate(zip(u.split(self.sizes, 1), self.conv2, self.bn2, strict=True)):
-            y = norm(conv(part))
-            out = out + (y if keep_BG is None else y * keep_BG[:, g, None, None, None].to(y.dtype))
-        return F.relu(out)
-
-    def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
-        """The open sub-blocks as one block: concatenated, with each last BatchNorm folded into its convolution."""
-        opened = [g for g in range(len(self.sizes)) if keep[g]]
-        if not opened:
-            return Residual(self.shortcut, None)
-        starts = [sum(self.sizes[:g]) for g in opened]
-        rows = torch.cat([torch.arange(s, s + self.sizes[g]) for s, g in zip(starts, opened, strict=True)])
-        stride: Any = self.conv1.stride
-        first = nn.Conv2d(self.spec.in_channels, len(rows), 3, stride, 1, bias=False).to(self.conv1.weight.device)
-        first.weight.data = self.conv1.weight.detach()[rows]
-        norm = nn.BatchNorm2d(len(rows), eps=self.bn1.eps).to(first.weight.device)
-        for name in STATISTICS:
-            getattr(norm, name).data = getattr(self.bn1, name).detach()[rows]
-        last = nn.Conv2d(len(rows), self.out_channels, 3, 1, 1).to(first.weight.device)
-        folded = [folded_conv(self.conv2[g], self.bn2[g]) for g in opened]  # type: ignore[arg-type]
-        last.weight.data = torch.cat([weight for weight, _ in folded], 1)
-        assert last.bias is not None
-        last.bias.data = torch.stack([bias for _, bias in folded]).sum(0)
-        return Residual(self.shortcut, nn.Sequential(first, norm, nn.ReLU(), last)).eval()
-
-
 def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of one convolution that does conv, then norm, in eval mode."""
     assert norm.running_mean is not None and norm.running_var is not None
@@ -307,4 +190,52 @@ def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return conv.weight.detach() * scale[:, None, None, None], norm.bias.detach() - norm.running_mean * scale
 
 
-UNITS: dict[str, type[BasicUnit]] = {"channels": GroupedBasic, "paths": PathBasic}
+class Weights:
+    """The tensors of a plain dense net, each taken once and checked; what is left over is an error too.
+
+    under(prefix) looks at one block with the same bookkeeping.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], prefix: str = "", left: set[str] | None = None) -> None:
+        self.state, self.prefix = state, prefix
+        self.left = set(state) if left is None else left
+
+    def under(self, prefix: str) -> Weights:
+        """The same weights, seen from a block."""
+        return Weights(self.state, f"{self.prefix}{prefix}.", self.left)
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.state
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name. Raises InputError if it is missing or of another shape."""
+        full = self.prefix + name
+        if full not in self.state:
+            raise InputError(f"backbone.weights: no {full!r} in the file: not a plain net of this kind and depth")
+        if self.state[full].shape != shape:
+            got = tuple(self.state[full].shape)
+            raise InputError(f"backbone.weights: {full} has shape {got}, this backbone needs {shape}")
+        self.left.discard(full)
+        return self.state[full]
+
+    def statistics(self, name: str, channels: int) -> dict[str, Tensor]:
+        """The four tensors of a BatchNorm."""
+        return {key: self.take(f"{name}.{key}", channels) for key in STATISTICS}
+
+    def copy(self, module: nn.Module, name: str) -> None:
+        """Fill a plain layer (convolution, linear, BatchNorm) from the tensors of that name."""
+        for key, target in tensors(module).items():
+            target.copy_(self.take(f"{name}.{key}", *target.shape))
+
+    def finish(self) -> None:
+        """Raise InputError if a tensor of the file was not used."""
+        if self.left:
+            raise InputError(
+                f"backbone.weights: {min(self.left)!r} has no place in this backbone: another depth, shortcut or net"
+            )
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a plain layer by name: weight, bias and running statistics, as far as it has them."""
+    found = {key: getattr(module, key, None) for key in STATISTICS}
+    return {key: value for key, value in found.items() if value is not None}

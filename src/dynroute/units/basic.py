@@ -1,0 +1,224 @@
+"""Basic blocks (two 3x3 convolutions), cut into channel groups or into sub-blocks.
+
+B images, G parts, C channels, H W height and width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynroute.contracts import Form, UnitSpec
+from dynroute.cost import CostTerms, conv_macs
+from dynroute.units.base import (
+    STATISTICS,
+    Residual,
+    Unit,
+    Weights,
+    WidthNorm,
+    folded_conv,
+    make_shortcut,
+    sliced_conv,
+    sliced_norm,
+    tensors,
+)
+
+
+class BasicUnit(Unit):
+    """A shared frame of the two basic-block units: 3x3 conv, BatchNorm, ReLU, 3x3 conv, BatchNorm, plus shortcut, ReLU.
+
+    sizes: hidden channels of each part. in_size: height (= width) of the input, for the MAC count.
+    """
+
+    form: Form
+
+    def __init__(
+        self,
+        name: str,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        sizes: list[int],
+        in_size: int,
+        shortcut: str = "A",
+        stage: int = 1,
+        stages: int = 1,
+    ) -> None:
+        super().__init__()
+        hidden = sum(sizes)
+        self.sizes, self.out_channels = sizes, out_channels
+        self.out_size = (in_size + stride - 1) // stride
+        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
+        self.conv1 = nn.Conv2d(in_channels, hidden, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        shares = tuple(size / hidden for size in sizes)
+        skippable = self.form != "nested"
+        self.spec = UnitSpec(name, in_channels, len(sizes), self.form, skippable, shares, stage, stages)
+
+    def cost_terms(self) -> CostTerms:
+        """Both convolutions shrink with the hidden channels; a projection shortcut always runs."""
+        first = conv_macs(self.out_size, 3, self.spec.in_channels, 1)
+        second = conv_macs(self.out_size, 3, 1, self.out_channels)
+        projection = isinstance(self.shortcut, nn.Sequential)
+        always = conv_macs(self.out_size, 1, self.spec.in_channels, self.out_channels) if projection else 0
+        return CostTerms(always, tuple(float(size * (first + second)) for size in self.sizes))
+
+    @torch.no_grad()
+    def load_dense(self, weights: Weights) -> None:
+        """Import conv1, bn1, conv2, bn2 and a projection shortcut; hidden channels are put into the order of `ranked`."""
+        hidden = sum(self.sizes)
+        first = weights.take("conv1.weight", *self.conv1.weight.shape)
+        last = weights.take("conv2.weight", self.out_channels, hidden, 3, 3)
+        norm = weights.statistics("bn1", hidden)
+        order = self.ranked(contribution(last, norm["weight"], norm["bias"]))
+        self.conv1.weight.copy_(first[order])
+        for key, value in norm.items():
+            getattr(self.bn1, key).copy_(value[order])
+        if isinstance(self.shortcut, nn.Sequential):
+            weights.copy(self.shortcut[0], "shortcut.0")
+            weights.copy(self.shortcut[1], "shortcut.1")
+        self.load_last(last[:, order], weights.statistics("bn2", self.out_channels))
+
+    def ranked(self, score_C: Tensor) -> Tensor:
+        """Order of the hidden channels: the most useful first, so that a prefix holds the best ones."""
+        return score_C.argsort(descending=True, stable=True)
+
+    def load_last(self, conv2: Tensor, bn2: dict[str, Tensor]) -> None:
+        """Take over the second convolution, its inputs already in order, and its BatchNorm."""
+        raise NotImplementedError("a basic unit must write load_last()")
+
+
+class GroupedBasic(BasicUnit):
+    """Basic block whose hidden channels form G nested groups; keeping a groups computes the first a (RNP; RNR incremental).
+
+    The mask goes after BatchNorm and ReLU: before them, BatchNorm would turn the zeros into non-zeros.
+    """
+
+    form: Form = "nested"
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.conv2 = nn.Conv2d(sum(self.sizes), self.out_channels, 3, 1, 1, bias=False)
+        self.bn2 = WidthNorm(self.out_channels, len(self.sizes))
+
+    def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
+        """The masked run; keep_BG must be a prefix of ones."""
+        u = F.relu(self.bn1(self.conv1(x_BCHW)))
+        if keep_BG is None:
+            return F.relu(self.shortcut(x_BCHW) + self.bn2(self.conv2(u), None))
+        keep_BG = keep_BG[:, : len(self.sizes)]
+        sizes = torch.tensor(self.sizes, device=keep_BG.device)
+        mask_BC = keep_BG.repeat_interleave(sizes, dim=1, output_size=sum(self.sizes))
+        u = u * mask_BC[:, :, None, None].to(u.dtype)
+        y = self.bn2(self.conv2(u), keep_BG.detach().sum(1).long())
+        anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
+        return F.relu(self.shortcut(x_BCHW) + y * anything_B111)
+
+    def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
+        """The block with only its first kept groups of hidden channels."""
+        kept = sum(keep)
+        if kept == 0:
+            return Residual(self.shortcut, None)
+        hidden = slice(0, sum(self.sizes[:kept]))
+        return Residual(
+            self.shortcut,
+            nn.Sequential(
+                sliced_conv(self.conv1, hidden, slice(None)),
+                sliced_norm(self.bn1, hidden),
+                nn.ReLU(),
+                sliced_conv(self.conv2, slice(None), hidden),
+                self.bn2.at(kept),
+            ),
+        ).eval()
+
+    def load_last(self, conv2: Tensor, bn2: dict[str, Tensor]) -> None:
+        """The same BatchNorm for all widths to start with."""
+        self.conv2.weight.copy_(conv2)
+        for key, value in bn2.items():
+            getattr(self.bn2, key).copy_(value)
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The plain block at full width."""
+        layers = {"conv1": self.conv1, "bn1": self.bn1, "conv2": self.conv2, "bn2": self.bn2.at(len(self.sizes))}
+        if isinstance(self.shortcut, nn.Sequential):
+            layers |= {"shortcut.0": self.shortcut[0], "shortcut.1": self.shortcut[1]}
+        return {f"{name}.{key}": v.detach() for name, layer in layers.items() for key, v in tensors(layer).items()}
+
+
+class PathBasic(BasicUnit):
+    """Basic block split into N sub-blocks with a switch each, summed with the shared shortcut (DMNN, equation 4).
+
+    Every convolution of every sub-block has its BatchNorm. The first convolutions run as one (their BatchNorms on the
+    concatenated channels are the separate ones); the last ones run apart.
+    """
+
+    form: Form = "free"
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.conv2 = nn.ModuleList(nn.Conv2d(s, self.out_channels, 3, 1, 1, bias=False) for s in self.sizes)
+        self.bn2 = nn.ModuleList(nn.BatchNorm2d(self.out_channels) for _ in self.sizes)
+
+    def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
+        """The masked run: shortcut + sum of gate times sub-block."""
+        u = F.relu(self.bn1(self.conv1(x_BCHW)))
+        out = self.shortcut(x_BCHW)
+        for g, (part, conv, norm) in enumerate(zip(u.split(self.sizes, 1), self.conv2, self.bn2, strict=True)):
+            y = norm(conv(part))
+            out = out + (y if keep_BG is None else y * keep_BG[:, g, None, None, None].to(y.dtype))
+        return F.relu(out)
+
+    def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
+        """The open sub-blocks as one block: concatenated, with each last BatchNorm folded into its convolution."""
+        opened = [g for g in range(len(self.sizes)) if keep[g]]
+        if not opened:
+            return Residual(self.shortcut, None)
+        starts = [sum(self.sizes[:g]) for g in opened]
+        rows = torch.cat([torch.arange(s, s + self.sizes[g]) for s, g in zip(starts, opened, strict=True)])
+        stride: Any = self.conv1.stride
+        first = nn.Conv2d(self.spec.in_channels, len(rows), 3, stride, 1, bias=False).to(self.conv1.weight.device)
+        first.weight.data = self.conv1.weight.detach()[rows]
+        norm = nn.BatchNorm2d(len(rows), eps=self.bn1.eps).to(first.weight.device)
+        for name in STATISTICS:
+            getattr(norm, name).data = getattr(self.bn1, name).detach()[rows]
+        last = nn.Conv2d(len(rows), self.out_channels, 3, 1, 1).to(first.weight.device)
+        folded = [folded_conv(self.conv2[g], self.bn2[g]) for g in opened]  # type: ignore[arg-type]
+        last.weight.data = torch.cat([weight for weight, _ in folded], 1)
+        assert last.bias is not None
+        last.bias.data = torch.stack([bias for _, bias in folded]).sum(0)
+        return Residual(self.shortcut, nn.Sequential(first, norm, nn.ReLU(), last)).eval()
+
+    def ranked(self, score_C: Tensor) -> Tensor:
+        """Sub-blocks get every N-th rank, so that they start equally good."""
+        order = super().ranked(score_C)
+        return torch.cat([order[g :: len(self.sizes)] for g in range(len(self.sizes))])
+
+    def load_last(self, conv2: Tensor, bn2: dict[str, Tensor]) -> None:
+        """Each sub-block gets its part; mean and bias of the BatchNorm are shared out evenly.
+
+        With all sub-blocks open, the eval-mode net computes the dense net exactly.
+        """
+        for weight, conv, norm in zip(conv2.split(self.sizes, 1), self.conv2, self.bn2, strict=True):
+            conv.weight.copy_(weight)  # type: ignore[operator]
+            for key, value in bn2.items():
+                getattr(norm, key).copy_(value / len(self.sizes) if key in ("bias", "running_mean") else value)
+
+
+def contribution(conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """How much each hidden channel adds to a block's output: E[u^2] * |w_next|^2, shape (hidden,). Ours.
+
+    u = ReLU(z) with z ~ N(beta, gamma^2) after BatchNorm, so E[u^2] is known without data. The papers rank by the norm
+    of the kernel (conv1), which says nothing once a BatchNorm rescales it.
+    """
+    sigma = gamma.abs().clamp(min=1e-12)
+    ratio = beta / sigma
+    normal = torch.distributions.Normal(0.0, 1.0)
+    density, mass = normal.log_prob(ratio).exp(), normal.cdf(ratio)
+    second_moment = (beta.square() + sigma.square()) * mass + beta * sigma * density
+    return second_moment * conv2.square().sum((0, 2, 3))
+
+
+BASIC: dict[str, type[BasicUnit]] = {"channels": GroupedBasic, "paths": PathBasic}
