@@ -337,14 +337,20 @@ def test_an_agent_has_its_own_adam() -> None:
 
 
 def test_the_rate_climbs_then_falls_to_zero_as_a_cosine() -> None:
-    curve = [learning_curve(i / 1000, 0.1) for i in range(1001)]
+    options = OptimOptions(warmup=0.1)
+    curve = [learning_curve(i / 1000, 9, options) for i in range(1001)]
     assert 0 < curve[0] < 0.02
     assert curve[:100] == sorted(curve[:100])
     assert curve[100] == 1.0
     assert curve[100:] == sorted(curve[100:], reverse=True)
-    assert learning_curve(0.55, 0.1) == pytest.approx(0.5)
+    assert learning_curve(0.55, 9, options) == pytest.approx(0.5)
     assert curve[-1] == pytest.approx(0.0)
-    assert learning_curve(0.0, 0.0) == 1.0
+    assert learning_curve(0.0, 9, OptimOptions(warmup=0.0)) == 1.0
+
+
+def test_the_rate_steps_down_by_epochs() -> None:
+    options = OptimOptions(schedule="step", step_epochs=2, step_factor=0.5)
+    assert [learning_curve(epoch / 5, 5, options) for epoch in range(5)] == [1, 1, 0.5, 0.5, 0.25]
 
 
 def test_schedules_hear_how_far_their_phase_is(tmp_path: Path) -> None:

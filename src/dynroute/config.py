@@ -91,8 +91,9 @@ class Config:
             del values[key]
         values["data"].pop("path")
         values["data"].pop("workers")
-        if values["backbone"]["weights"]:
-            values["backbone"]["weights"] = Path(values["backbone"]["weights"]).name
+        for section, key in (("backbone", "weights"), ("optim", "teacher")):
+            if values[section][key]:
+                values[section][key] = Path(values[section][key]).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def _classes(self) -> dict[str, type]:

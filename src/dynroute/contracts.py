@@ -74,14 +74,30 @@ class Output(NamedTuple):
     macs_B: Tensor
 
 
+class Advice(NamedTuple):
+    """What a dense teacher says of a minibatch (Hinton et al., 2015). weight: its part of the classification loss."""
+
+    logits_BK: Tensor
+    weight: float
+    temperature: float
+
+
 class Batch(NamedTuple):
-    """One minibatch. images: (B, C, H, W) float, normalised; superclasses: (B,) int64 or None; index: rows of the split."""
+    """One minibatch. images: (B, C, H, W) float, normalised; superclasses: (B,) int64 or None; index: rows of the split.
+
+    advice: of the teacher, where training has one.
+    """
 
     images: Tensor
     labels: Tensor
     superclasses: Tensor | None
     index: Tensor  # type: ignore[assignment]  # a field of that name hides tuple.index, which no one needs
+    advice: Advice | None = None
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
+        there = {"device": device, "non_blocking": True}
+        superclasses = None if self.superclasses is None else self.superclasses.to(**there)
+        return Batch(
+            self.images.to(**there), self.labels.to(**there), superclasses, self.index.to(**there), self.advice
+        )

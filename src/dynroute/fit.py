@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynroute.contracts import Batch, InputError, Output
+from dynroute.contracts import Advice, Batch, InputError, Output
 from dynroute.data import Dataset, limited, loader
 from dynroute.measure import evaluate
 from dynroute.net import RoutedNet
@@ -35,7 +35,7 @@ KEPT = "the last good checkpoint is kept; lower optim.lr"
 
 @dataclass
 class OptimOptions:
-    """The `optim` section of a configuration: SGD with Nesterov momentum, cosine to zero in every phase."""
+    """The `optim` section of a configuration: SGD with momentum, a schedule that starts anew in every phase, a teacher."""
 
     lr: float = 0.1
     """Learning rate of the backbone at the top of the schedule."""
@@ -44,9 +44,23 @@ class OptimOptions:
     weight_decay: float = 5e-4
     """Weight decay of convolutions and linear layers of the backbone; BatchNorm and routers have none."""
     momentum: float = 0.9
-    """Nesterov momentum."""
+    """Momentum of SGD."""
     warmup: float = 0.05
     """Share of a phase in which the rate climbs linearly."""
+    nesterov: bool = True
+    """Nesterov momentum; false: classical."""
+    schedule: str = "cosine"
+    """Learning rate within a phase: cosine (to zero), or step (times step_factor every step_epochs)."""
+    step_epochs: int = 25
+    """Epochs of a phase between two steps of schedule=step (the authors of RNP: 25)."""
+    step_factor: float = 0.5
+    """What each step multiplies the rate by (the authors of RNP: 0.5)."""
+    teacher: str | None = None
+    """A dense net to learn from: "start" (the net of backbone.weights), a run folder, a checkpoint or a state dict."""
+    teacher_weight: float = 0.5
+    """The teacher's part of the classification loss; the labels have the rest."""
+    teacher_temperature: float = 2.0
+    """Temperature of the distillation (Hinton et al., 2015)."""
     amp: str = "auto"
     """Training precision: bf16, none (fp32), or auto (bf16 where the processor computes it fast)."""
 
@@ -57,6 +71,12 @@ class OptimOptions:
         ranged("optim.weight_decay", self.weight_decay, 0.0, 10.0)
         ranged("optim.momentum", self.momentum, 0.0, 0.9999)
         ranged("optim.warmup", self.warmup, 0.0, 0.9)
+        ranged("optim.step_epochs", self.step_epochs, 1, 100_000)
+        ranged("optim.step_factor", self.step_factor, 0.0, 1.0)
+        ranged("optim.teacher_weight", self.teacher_weight, 0.0, 1.0)
+        ranged("optim.teacher_temperature", self.teacher_temperature, 0.01, 1000.0)
+        if self.schedule not in ("cosine", "step"):
+            raise InputError(f"optim.schedule must be cosine or step, not {self.schedule!r}")
         if self.amp not in ("auto", "bf16", "none"):
             raise InputError(f"optim.amp must be auto, bf16 or none, not {self.amp!r}")
 
@@ -79,6 +99,7 @@ class Step:
 
 
 Listener = Callable[[Step], None]
+Teacher = Callable[[Tensor], Tensor]  # images -> logits_BK, no gradient
 
 
 def fit(
@@ -93,10 +114,12 @@ def fit(
     meta: dict[str, Any] | None = None,
     resume: bool = False,
     listener: Listener = lambda step: None,
+    teacher: Teacher | None = None,
 ) -> list[dict[str, Any]]:
     """Train through all phases, writing train.csv, last.pt and best.pt; returns the rows of train.csv.
 
     meta: plain values kept in the checkpoints (configuration, data). resume: continue from last.pt, if there is one.
+    teacher: what the classification loss listens to beside the labels.
     Raises Diverged on a loss that is not finite.
     """
     done = load_checkpoint(folder / LAST) if resume and (folder / LAST).exists() else None
@@ -110,7 +133,7 @@ def fit(
     total, before = sum(phase.epochs for phase in phases), 0
     for phase in phases:
         if len(rows) < before + phase.epochs:
-            part = _Part(net, data, phase, options, seed, workers)
+            part = _Part(net, data, phase, options, seed, workers, teacher)
             if done and len(rows) > before:
                 part.load(done["optimizers"])
             for epoch in range(len(rows), before + phase.epochs):
@@ -127,10 +150,17 @@ class _Part:
     """One phase under way: its optimizers and its schedule."""
 
     def __init__(
-        self, net: RoutedNet, data: Dataset, phase: Phase, options: OptimOptions, seed: int, workers: int
+        self,
+        net: RoutedNet,
+        data: Dataset,
+        phase: Phase,
+        options: OptimOptions,
+        seed: int,
+        workers: int,
+        teacher: Teacher | None,
     ) -> None:
         self.net, self.data, self.phase, self.options = net, data, phase, options
-        self.seed, self.workers = seed, workers
+        self.seed, self.workers, self.teacher = seed, workers, teacher
         self.device = next(net.parameters()).device
         self.optimizers, self.tops = make_optimizers(net, phase, options)
         self.amp = amp_dtype(options.amp, self.device)
@@ -178,7 +208,12 @@ class _Part:
             phase.schedule(done)
         for optimizer, tops in zip(self.optimizers, self.tops, strict=True):
             for group, top in zip(optimizer.param_groups, tops, strict=True):
-                group["lr"] = top * learning_curve(done, self.options.warmup)
+                group["lr"] = top * learning_curve(done, phase.epochs, self.options)
+        if self.teacher:
+            said_BK = self.teacher(batch.images).clone()  # of an inference tensor, a plain one
+            batch = batch._replace(
+                advice=Advice(said_BK, self.options.teacher_weight, self.options.teacher_temperature)
+            )
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             routes = phase.routes(len(batch.labels)) if phase.routes else None
             out: Output = self.net(batch.images, routes)
@@ -236,7 +271,11 @@ def make_optimizers(
         sgd.append({"params": router, "weight_decay": 0.0, "lr": options.lr * phase.router_scale})
     made: list[torch.optim.Optimizer] = []
     if sgd:
-        made.append(torch.optim.SGD(sgd, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0))
+        made.append(
+            torch.optim.SGD(
+                sgd, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov and options.momentum > 0
+            )
+        )
     if router and phase.router_lr is not None:
         made.append(torch.optim.Adam(router, lr=phase.router_lr))
     return made, [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
@@ -255,8 +294,14 @@ def split_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
     return decayed, [p for p in module.parameters() if id(p) not in known]
 
 
-def learning_curve(done: float, warmup: float) -> float:
-    """Linear climb over the first `warmup` of a phase, then half a cosine to zero; done: 0..1."""
+def learning_curve(done: float, epochs: int, options: OptimOptions) -> float:
+    """Part of the top rate when `done` (0..1) of a phase is over.
+
+    cosine: linear climb over the first `warmup`, then half a cosine to zero. step: a staircase, without a climb.
+    """
+    if options.schedule == "step":
+        return options.step_factor ** int(done * epochs / options.step_epochs)
+    warmup = options.warmup
     if done < warmup:
         return (done + 1e-3) / (warmup + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))

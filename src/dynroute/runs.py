@@ -14,13 +14,16 @@ from typing import Any
 import torch
 
 from dynroute import __version__, plugins
+from dynroute.backbones import Backbone, BackboneOptions
 from dynroute.config import CONFIG_FILE, Config, from_text, load_config
 from dynroute.contracts import InputError
 from dynroute.data import Dataset, DataSpec, known_spec, limited, load, loader
-from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint, load_tensors, load_weights
+from dynroute.fit import BEST, LAST, Listener, Step, Teacher, fit, load_checkpoint, load_tensors, load_weights
 from dynroute.measure import TOLERANCE, Dial, Scores, evaluate, latency, make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import EVAL_FILE, ROUTES_FILE, EvalRow, merge_eval, read_rows, write_rows, write_text
+from dynroute.routers.static import StaticOptions
+from dynroute.skipping import FastNet
 
 CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
 LOG_FILE = "log.txt"
@@ -31,10 +34,49 @@ def build(config: Config, spec: DataSpec) -> RoutedNet:
     torch.manual_seed(config.top.seed)
     backbone = plugins.find("backbone", config.backbone.name)(spec, config.backbone)
     if config.backbone.weights:
-        path = Path(config.backbone.weights)
-        backbone.load_dense(dense_state(path / LAST if path.is_dir() else path))
+        _start(backbone, config.backbone)
     router = config.method.router(backbone.specs, config.router, spec.superclasses)
     return RoutedNet(backbone, router).to(memory_format=torch.channels_last)
+
+
+def _start(backbone: Backbone, options: BackboneOptions) -> None:
+    """Fill a backbone from backbone.weights: as it is from a run of the same form, else by way of the plain dense net."""
+    path = _checkpoint(Path(str(options.weights)))
+    content = load_tensors(path)
+    if isinstance(content, dict) and "format" in content:
+        source, config, _ = restore(path)
+        if dataclasses.replace(config.backbone, weights=options.weights) == options:
+            load_weights(backbone, source.backbone.state_dict(), path)
+            return
+    backbone.load_dense(dense_state(path))
+
+
+def _checkpoint(path: Path) -> Path:
+    """The file of weights that a run folder or a path stands for."""
+    return path / LAST if path.is_dir() else path
+
+
+def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teacher | None:
+    """The dense net of optim.teacher, ready to be asked; None where there is none. Raises InputError."""
+    name = config.optim.teacher
+    if not name:
+        return None
+    if name == "start":
+        if not config.backbone.weights:
+            raise InputError("optim.teacher=start needs backbone.weights, the net to start from")
+        name = config.backbone.weights
+    path = _checkpoint(Path(name))
+    content = load_tensors(path)
+    if isinstance(content, dict) and "format" in content:
+        net, _, stored = restore(path)
+        classes = stored["meta"]["data"]["classes"]
+        if classes != spec.classes:
+            raise InputError(f"optim.teacher: {path} knows {classes} classes, the data have {spec.classes}")
+    else:
+        plain = dataclasses.replace(config.backbone, unit="channels", parts=1, weights=str(path))
+        net = build(dataclasses.replace(config, backbone=plain, router_name="static", router=StaticOptions()), spec)
+    fast = FastNet(net.to(device))
+    return lambda x_BCHW: fast(x_BCHW).logits_BK
 
 
 def dense_state(path: Path) -> dict[str, torch.Tensor]:
@@ -98,6 +140,7 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
     device = prepare(config)
     data = _data(config)
     net = build(config, data.spec).to(device)
+    teacher = make_teacher(config, data.spec, device)
     write_text(folder / CONFIG_FILE, config.yaml(comments=True))
     log = _log(folder)
     log.info("dynroute %s torch %s %s commit %s", __version__, torch.__version__, machine(device), commit())
@@ -114,7 +157,7 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
     try:
         fit(
             net, data, phases, config.optim, folder,
-            seed=config.top.seed, workers=workers, meta=meta, resume=resume, listener=heard,
+            seed=config.top.seed, workers=workers, meta=meta, resume=resume, listener=heard, teacher=teacher,
         )  # fmt: skip
     except Exception as error:
         log.info("stopped: %s", error)

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from dynroute.routers import gates, qlearn, static
-from dynroute.routers.base import Method, Phase, Router, State, cross_entropy, legal, ranged, stacked
+from dynroute.routers.base import (
+    Method,
+    Phase,
+    Router,
+    State,
+    classification_loss,
+    cross_entropy,
+    legal,
+    ranged,
+    stacked,
+)
 
 ROUTERS: dict[str, Method] = {
     "static": Method(
@@ -35,4 +45,15 @@ ROUTERS: dict[str, Method] = {
     ),
 }
 
-__all__ = ["ROUTERS", "Method", "Phase", "Router", "State", "cross_entropy", "legal", "ranged", "stacked"]
+__all__ = [
+    "ROUTERS",
+    "Method",
+    "Phase",
+    "Router",
+    "State",
+    "classification_loss",
+    "cross_entropy",
+    "legal",
+    "ranged",
+    "stacked",
+]

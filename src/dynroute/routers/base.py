@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
@@ -108,9 +109,20 @@ def stacked(keeps: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows, -2)
 
 
+def classification_loss(logits_BK: Tensor, batch: Batch) -> Tensor:
+    """Each image's loss (B,): cross entropy, and where there is a teacher its part of T^2 KL(teacher || net) instead."""
+    own_B = F.cross_entropy(logits_BK, batch.labels, reduction="none")
+    if batch.advice is None:
+        return own_B
+    teacher_BK, weight, t = batch.advice
+    wanted, said = F.log_softmax(teacher_BK / t, 1), F.log_softmax(logits_BK / t, 1)
+    apart_B = F.kl_div(said, wanted, reduction="none", log_target=True).sum(1) * t * t
+    return (1 - weight) * own_B + weight * apart_B
+
+
 def cross_entropy(out: Output, batch: Batch) -> dict[str, Tensor]:
-    """The classification loss alone."""
-    return {"loss_cls": nn.functional.cross_entropy(out.logits_BK, batch.labels)}
+    """The classification loss alone, a teacher's part included where there is one."""
+    return {"loss_cls": classification_loss(out.logits_BK, batch).mean()}
 
 
 def ranged(path: str, value: float, low: float, high: float) -> None:

@@ -93,7 +93,7 @@ class WidthNorm(nn.Module):
     def forward(self, y_BCHW: Tensor, width_B: Tensor | None) -> Tensor:
         """Normalise each image by its own width (1..A); None: all at the full width. Width 0 is left to the caller."""
         if width_B is None:
-            return self._one(y_BCHW, len(self.weight), self.training)
+            return self.run(y_BCHW, len(self.weight))
         row_B = (width_B - 1).clamp(min=0)
         if not self.training:
             scale_AC = self.weight * (self.running_var + self.eps).rsqrt()
@@ -101,6 +101,10 @@ class WidthNorm(nn.Module):
             scale, shift = (v[row_B, :, None, None].to(y_BCHW.dtype) for v in (scale_AC, shift_AC))
             return torch.addcmul(shift, y_BCHW, scale)
         return self._by_width(y_BCHW, row_B + 1)
+
+    def run(self, y_BCHW: Tensor, width: int) -> Tensor:
+        """Normalise images that all have one width."""
+        return self._one(y_BCHW, width, self.training)
 
     def at(self, width: int) -> nn.BatchNorm2d:
         """A plain BatchNorm2d (eval) with the values of one width."""

@@ -105,7 +105,10 @@ class GroupedBasic(BasicUnit):
         self.bn2 = WidthNorm(self.out_channels, len(self.sizes))
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
-        """The masked run; keep_BG must be a prefix of ones."""
+        """The masked run; keep_BG must be a prefix of ones. Where all images keep as much, the rest is not computed."""
+        kept = None if keep_BG is None or keep_BG.requires_grad else common_width(keep_BG[:, : len(self.sizes)])
+        if kept:
+            return self._uniform(x_BCHW, kept)
         u = F.relu(self.bn1(self.conv1(x_BCHW)))
         if keep_BG is None:
             return F.relu(self.shortcut(x_BCHW) + self.bn2(self.conv2(u), None))
@@ -116,6 +119,18 @@ class GroupedBasic(BasicUnit):
         y = self.bn2(self.conv2(u), keep_BG.detach().sum(1).long())
         anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
         return F.relu(self.shortcut(x_BCHW) + y * anything_B111)
+
+    def _uniform(self, x_BCHW: Tensor, kept: int) -> Tensor:
+        """All images at one width: a static net trains at its own cost. BatchNorms of absent channels learn nothing."""
+        hidden = sum(self.sizes[:kept])
+        y = F.conv2d(x_BCHW, self.conv1.weight[:hidden], None, self.conv1.stride, self.conv1.padding)
+        norm = self.bn1
+        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+        running = (norm.running_mean[:hidden], norm.running_var[:hidden])  # views: updated in place
+        affine = (norm.weight[:hidden], norm.bias[:hidden])
+        u = F.relu(F.batch_norm(y, *running, *affine, self.training, norm.momentum, norm.eps))
+        y = F.conv2d(u, self.conv2.weight[:, :hidden], None, self.conv2.stride, self.conv2.padding)
+        return F.relu(self.shortcut(x_BCHW) + self.bn2.run(y, kept))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The block with only its first kept groups of hidden channels."""
@@ -205,6 +220,13 @@ class PathBasic(BasicUnit):
             conv.weight.copy_(weight)  # type: ignore[operator]
             for key, value in bn2.items():
                 getattr(norm, key).copy_(value / len(self.sizes) if key in ("bias", "running_mean") else value)
+
+
+def common_width(keep_BG: Tensor) -> int | None:
+    """How many parts every image keeps, if all keep as many; else None."""
+    width_B = keep_BG.sum(1)
+    width = int(width_B[0])
+    return width if bool((width_B == width).all()) else None
 
 
 def contribution(conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
