@@ -9,21 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynroute.contracts import Batch, InputError, Output, Trace, UnitSpec
-from dynroute.routers.base import stacked
+from dynroute.contracts import Advice, Batch, InputError, Output, Trace, UnitSpec
+from dynroute.net import RoutedNet
+from dynroute.routers.base import classification_loss, stacked
 from dynroute.routers.qlearn import (
     QRouter,
     RnpOptions,
     RnrOptions,
     action_costs,
     action_keeps,
+    next_values,
     phases,
     random_widths,
+    rewards,
     td_loss,
     td_targets,
 )
+from dynroute.runs import inference_parameters
 from dynroute.testing import check_router
-from tiny import make_net, pictures
+from tiny import make_backbone, make_net, pictures
+
+
+def q_loss(out: Output, batch: Batch, options: RnpOptions, alpha: float = 1.0) -> Tensor:
+    """The TD loss with a given alpha."""
+    loss_B = classification_loss(out.logits_BK.detach(), batch)
+    return td_loss(out, rewards(out, batch, alpha, loss_B, options.baseline), options)
+
 
 NESTED = UnitSpec("n", 4, 4, "nested", False, (0.1, 0.2, 0.3, 0.4))
 CHOICE = UnitSpec("c", 4, 3, "choice", False, (0.25, 0.5, 1.0))
@@ -43,14 +54,14 @@ CHOICE = UnitSpec("c", 4, 3, "choice", False, (0.25, 0.5, 1.0))
 def test_targets_of_two_units(trace: float, first: float) -> None:
     q_BUA = torch.tensor([[[1.0, 2.0], [3.0, 5.0]]], requires_grad=True)
     reward_BU = torch.tensor([[-0.1, -1.0]])
-    targets = td_targets(q_BUA, reward_BU, gamma=0.5, trace=trace)
+    targets = td_targets(next_values({"q": q_BUA}, double=False), reward_BU, gamma=0.5, trace=trace)
     assert not targets.requires_grad
     assert targets[0].tolist() == pytest.approx([first, -1.0])
 
 
 def test_targets_of_three_units_reach_back() -> None:
     q_BUA = torch.tensor([[[9.0, 9.0], [1.0, 4.0], [2.0, 0.0]]])
-    targets = td_targets(q_BUA, torch.tensor([[1.0, 10.0, 100.0]]), gamma=0.5, trace=0.5)
+    targets = td_targets(q_BUA.max(2).values, torch.tensor([[1.0, 10.0, 100.0]]), gamma=0.5, trace=0.5)
     second = 10 + 0.5 * (0.5 * 2 + 0.5 * 100)
     assert targets[0].tolist() == [1 + 0.5 * (0.5 * 4 + 0.5 * second), second, 100]
 
@@ -70,36 +81,37 @@ def made_up(images: int = 5, units: int = 2) -> tuple[Output, Batch]:
 def one(out: Output, batch: Batch, i: int) -> tuple[Output, Batch]:
     notes = {name: value[i : i + 1] for name, value in out.trace.notes.items()}
     part = Output(out.logits_BK[i : i + 1], Trace(out.trace.keep_BUG[i : i + 1], notes), out.macs_B[i : i + 1])
-    return part, Batch(*(None if t is None else t[i : i + 1] for t in batch))  # type: ignore[arg-type]
+    rows = (None if t is None else t[i : i + 1] for t in batch[:4])
+    return part, Batch(*rows)  # type: ignore[arg-type, call-arg]
 
 
 def test_the_loss_by_hand() -> None:
     out, batch = made_up(images=1)
-    options = RnpOptions(alpha=2.0, gamma=0.5, trace=0.0)
+    options = RnpOptions(gamma=0.5, trace=0.0)
     q, action, reward = (out.trace.notes[name][0].detach() for name in ("q", "action", "reward"))
     own = -F.log_softmax(out.logits_BK[0].detach(), 0)[0]
     targets = [reward[0] + 0.5 * q[1].max(), reward[1] - 2.0 * own]
     by_hand = sum((q[u, action[u]] - targets[u]) ** 2 for u in range(2)) / 2
-    assert td_loss(out, batch, options).item() == pytest.approx(float(by_hand), rel=1e-5)
+    assert q_loss(out, batch, options, alpha=2.0).item() == pytest.approx(float(by_hand), rel=1e-5)
 
 
 def test_the_terminal_reward_is_each_images_own_loss() -> None:
     out, batch = made_up()
     options = RnpOptions(trace=0.7)
-    each = [td_loss(*one(out, batch, i), options).item() for i in range(5)]
-    assert td_loss(out, batch, options).item() == pytest.approx(sum(each) / 5, rel=1e-5)
+    each = [q_loss(*one(out, batch, i), options).item() for i in range(5)]
+    assert q_loss(out, batch, options).item() == pytest.approx(sum(each) / 5, rel=1e-5)
     labels = batch.labels.clone()
     labels[2] = (labels[2] + 1) % 4
     changed = batch._replace(labels=labels)
-    after = [td_loss(*one(out, changed, i), options).item() for i in range(5)]
+    after = [q_loss(*one(out, changed, i), options).item() for i in range(5)]
     assert [i for i in range(5) if after[i] != each[i]] == [2]
-    assert td_loss(out, changed, options).item() == pytest.approx(sum(after) / 5, rel=1e-5)
+    assert q_loss(out, changed, options).item() == pytest.approx(sum(after) / 5, rel=1e-5)
 
 
 def test_the_loss_leaves_its_notes_and_reaches_only_the_action_taken() -> None:
     out, batch = made_up()
     before = out.trace.notes["reward"].clone()
-    td_loss(out, batch, RnpOptions()).backward()
+    q_loss(out, batch, RnpOptions()).backward()
     assert torch.equal(out.trace.notes["reward"], before)
     assert out.logits_BK.grad is None
     q, action = out.trace.notes["q"], out.trace.notes["action"]
@@ -113,7 +125,7 @@ def test_the_loss_teaches_the_agent_and_not_the_net(name: str) -> None:
     net = make_net(name, "channels").train()
     out = net(pictures(8))
     batch = Batch(pictures(8), torch.arange(8), None, torch.arange(8))
-    td_loss(out, batch, RnpOptions()).backward()
+    q_loss(out, batch, RnpOptions()).backward()
     assert all(p.grad is None for p in net.backbone.parameters())
     assert all(p.grad is not None for p in net.router.parameters())
 
@@ -160,14 +172,14 @@ def test_units_of_different_numbers_of_actions() -> None:
     two = UnitSpec("two", 4, 2, "nested", False, (0.5, 0.5))
     router = QRouter([CHOICE, two], RnpOptions(hidden=8)).train()
     with torch.no_grad():
-        for decoder in router.decoders:
+        for decoder in router.agent.decoders:
             decoder.bias.fill_(-10.0)  # type: ignore[operator, union-attr]
     state, decisions = router.begin(pictures(6)), []
     for u in range(2):
         decision, state = router.decide(u, torch.randn(6, 4, 2, 2), state)
         decisions.append(decision)
     q_BUA = stacked([d.notes["q"] for d in decisions])
-    targets = td_targets(q_BUA, torch.zeros(6, 2), gamma=1.0, trace=0.0)
+    targets = td_targets(q_BUA.max(2).values, torch.zeros(6, 2), gamma=1.0, trace=0.0)
     assert float(targets[:, 0].max()) < -5, "an action that unit 2 does not have was its best"
 
 
@@ -265,7 +277,7 @@ def learned(options: RnpOptions, loss: float, steps: int = 600) -> QRouter:
     adam = torch.optim.Adam(router.parameters(), lr=5e-3)
     for step in range(steps):
         router.epsilon = max(1 - 2 * step / steps, 0.1)
-        value = td_loss(*play(router, torch.arange(128) % 2, loss), options)
+        value = q_loss(*play(router, torch.arange(128) % 2, loss), options)
         adam.zero_grad()
         value.backward()
         adam.step()
@@ -323,3 +335,133 @@ def test_every_cell_keeps_the_contract(cell: str, charge: list[float]) -> None:
     torch.manual_seed(0)
     options: Any = RnpOptions(cell=cell, hidden=8, charge=charge)
     check_router(QRouter([NESTED, CHOICE], options))
+
+
+# --- budgets, alpha, teacher, slow copy ---------------------------------------------------------------------------
+
+
+def test_alpha_makes_the_mean_loss_one_and_then_stays() -> None:
+    router = QRouter([NESTED], RnpOptions(hidden=4)).train()
+    torch.manual_seed(0)
+    for _ in range(40):
+        alpha = router.alpha(0.25 + 0.02 * torch.randn(64))
+    assert float(alpha) == pytest.approx(4.0, rel=0.02)
+    assert router.alpha(torch.full((8,), 9.0)) == alpha
+    assert QRouter([NESTED], RnpOptions(alpha=3.0)).alpha(torch.ones(4)) == 3.0
+
+
+def test_alpha_survives_a_checkpoint() -> None:
+    router = QRouter([NESTED], RnpOptions(hidden=4)).train()
+    for _ in range(30):
+        alpha = router.alpha(torch.full((4,), 0.5))
+    again = QRouter([NESTED], RnpOptions(hidden=4)).train()
+    again.load_state_dict(router.state_dict())
+    assert again.alpha(torch.full((4,), 7.0)) == alpha
+
+
+def test_the_teacher_is_a_baseline_of_each_image() -> None:
+    out, batch = made_up()
+    teacher = torch.randn(5, 4)
+    advised = batch._replace(advice=Advice(teacher, 0.0, 2.0))  # no distillation: the losses stay cross entropies
+    loss_B = classification_loss(out.logits_BK, advised)
+    plain = rewards(out, advised, 2.0, loss_B, baseline=False)
+    against = rewards(out, advised, 2.0, loss_B, baseline=True)
+    own_B = F.cross_entropy(teacher, batch.labels, reduction="none")
+    assert torch.allclose(against[:, -1], plain[:, -1] + 2 * own_B)
+    assert torch.equal(against[:, :-1], plain[:, :-1])
+    assert torch.equal(rewards(out, batch, 2.0, loss_B, baseline=True), plain)  # no teacher, no baseline
+
+
+def test_distillation_by_hand() -> None:
+    logits, teacher = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, 0.5]])
+    batch = Batch(torch.empty(1, 0), torch.tensor([1]), None, torch.tensor([0]), Advice(teacher, 0.3, 2.0))
+    soft = torch.softmax(logits / 2, 1)
+    apart = float((0.5 * (0.5 / soft).log()).sum()) * 4
+    own = float(F.cross_entropy(logits, torch.tensor([1])))
+    assert classification_loss(logits, batch).item() == pytest.approx(0.7 * own + 0.3 * apart, rel=1e-5)
+
+
+def test_the_slow_copy_gives_the_targets_and_follows() -> None:
+    q = torch.tensor([[[1.0, 2.0], [3.0, 5.0]]])
+    slow = torch.tensor([[[0.0, 9.0], [7.0, 1.0]]])
+    assert next_values({"q": q, "slow": slow}, double=False).tolist() == [[9.0, 7.0]]
+    assert next_values({"q": q, "slow": slow}, double=True).tolist() == [[9.0, 1.0]]
+    router = QRouter([NESTED], RnpOptions(hidden=4, slow_target=0.9)).train()
+    assert router.slow is not None
+    start = router.slow.cell.weight_hh.clone()
+    with torch.no_grad():
+        router.agent.cell.weight_hh += 1.0  # type: ignore[operator]
+    router.follow()
+    assert torch.allclose(router.slow.cell.weight_hh, start + 0.1, atol=1e-6)  # type: ignore[operator]
+
+
+def test_the_slow_copy_costs_nothing_at_test_time() -> None:
+    body = make_backbone(unit="channels")
+    plain, slow = (RoutedNet(body, QRouter(body.specs, RnpOptions(slow_target=value))) for value in (0.0, 0.9))
+    assert inference_parameters(plain) == inference_parameters(slow)
+    assert plain.router.macs() == slow.router.macs()
+    assert all(not p.requires_grad for p in slow.router.slow.parameters())  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(("double", "td"), [(False, "huber"), (True, "mse")])
+def test_the_agent_also_learns_with_a_slow_copy(double: bool, td: str) -> None:
+    options = RnpOptions(
+        hidden=24, action_cost="share", charge=[0.8], trace=0.7, slow_target=0.95, double_q=double, td=td
+    )
+    easy, hard = shares(learned(options, loss=4.0))
+    assert easy < 0.3 and hard > 0.9
+
+
+def test_the_charges_of_budgets_are_corrected_by_what_was_spent() -> None:
+    router = QRouter([NESTED], RnrOptions(hidden=4, budget=[0.2, 1.0])).train()
+    router.epsilon = 0.0
+    before = router.log_charge_K.clone()
+    asked = torch.linspace(0.2, 1.0, 9)
+    spent = asked.clone()
+    spent[0], spent[-1] = 0.9, 0.4  # the cheapest budget was overspent, the dearest not used
+    router.correct_charges(asked, spent)
+    moved = router.log_charge_K - before
+    assert float(moved[0]) > 0 > float(moved[-1])
+    assert moved[1:-1].abs().max() == 0
+    assert bool((router._charge(asked)[:-1] > router._charge(asked)[1:]).all())
+
+
+def test_a_budget_is_learned_and_asked_by_the_dial() -> None:
+    """Half of the images are hard: a share of 0.25 buys nothing, 0.62 the hard ones, 1 everything."""
+    options = RnrOptions(hidden=24, budget=[0.3, 0.9])
+    torch.manual_seed(0)
+    router = QRouter([NESTED, NESTED], options)
+    adam = torch.optim.Adam(router.parameters(), lr=5e-3)
+    for step in range(900):
+        router.epsilon = max(1 - 2 * step / 900, 0.1)
+        out, batch = play(router, torch.arange(128) % 2, 3.0)
+        adam.zero_grad()
+        q_loss(out, batch, options).backward()
+        adam.step()
+        spent_B = router.keeps(out.trace.notes["greedy"]).mean((1, 2))
+        router.correct_charges(out.trace.notes["asked"][:, 0], spent_B)
+    router.eval()
+    reached = []
+    for price in (-1e4, -0.25, 0.0, 0.25, 1e4):
+        router.price = price
+        reached.append(sum(shares(router)) / 2)
+    assert reached == sorted(reached, reverse=True)
+    assert reached[0] == 1.0 and reached[-1] == 0.25
+    router.price = 0.0
+    easy, hard = shares(router)
+    assert hard > easy + 0.3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"budget": [0.2, 0.8], "charge": [0.1]}, "exclude each other"),
+        ({"budget": [0.8, 0.2]}, r"router\.budget"),
+        ({"budget": [0.5]}, r"router\.budget"),
+        ({"double_q": True}, r"router\.slow_target"),
+        ({"td": "l1"}, r"router\.td"),
+    ],
+)
+def test_wrong_options(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        RnpOptions(**wrong)

@@ -23,7 +23,7 @@ from dynroute.data import Dataset, limited, loader
 from dynroute.measure import evaluate
 from dynroute.net import RoutedNet
 from dynroute.records import TRAIN_FILE, write_rows
-from dynroute.routers import Phase, ranged
+from dynroute.routers import NOTE, Phase, ranged
 
 LAST, BEST = "last.pt", "best.pt"
 WATCHED = (
@@ -218,7 +218,7 @@ class _Part:
             routes = phase.routes(len(batch.labels)) if phase.routes else None
             out: Output = self.net(batch.images, routes)
         terms = phase.loss(out, batch)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = torch.stack([value for name, value in terms.items() if not name.startswith(NOTE)]).sum()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -277,7 +277,7 @@ def make_optimizers(
             )
         )
     if router and phase.router_lr is not None:
-        made.append(torch.optim.Adam(router, lr=phase.router_lr))
+        made.append(torch.optim.Adam(router, lr=phase.router_lr, weight_decay=phase.router_decay))
     return made, [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
 
 

@@ -316,8 +316,9 @@ def _nearest(folder: Path) -> str:
 
 
 def inference_parameters(net: RoutedNet) -> int:
-    """Parameters that a deployed net needs: classifiers of the category loss are dropped after training."""
-    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("router.category."))
+    """Parameters that a deployed net needs: what a router uses in training alone is dropped after it."""
+    dropped = tuple(f"router.{name}." for name in net.router.train_only)
+    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith(dropped))
 
 
 def check(config: Config) -> RoutedNet:

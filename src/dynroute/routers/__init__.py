@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dynroute.routers import gates, qlearn, static
 from dynroute.routers.base import (
+    NOTE,
     Method,
     Phase,
     Router,
@@ -46,6 +47,7 @@ ROUTERS: dict[str, Method] = {
 }
 
 __all__ = [
+    "NOTE",
     "ROUTERS",
     "Method",
     "Phase",

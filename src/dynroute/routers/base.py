@@ -18,6 +18,7 @@ from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
 from dynroute.cost import NetCost
 
 State = Any
+NOTE = "note_"  # begins the names of loss terms that are recorded, not minimised
 
 
 class Router(nn.Module):
@@ -25,10 +26,12 @@ class Router(nn.Module):
 
     price: the one budget dial: a charge per share of a unit's multiply-adds, subtracted from the score of whatever would
     run. 0 is the trained point. price_limits: where the dial's end stops lie (beyond them nothing changes any more).
+    train_only: names of submodules that a deployed net does without.
     """
 
     price: float = 0.0
     price_limits: tuple[float, float] = (-1e4, 1e4)
+    train_only: tuple[str, ...] = ()
 
     def __init__(self, specs: Sequence[UnitSpec]) -> None:
         super().__init__()
@@ -61,11 +64,12 @@ class Net(Protocol):
 class Phase:
     """One stretch of training. All that differs between reinforcement learning and gates stands here.
 
-    trains: "backbone", "router" or both; the rest is frozen in eval(). loss: its terms are summed and become columns of
-    train.csv. routes: keep_BUG for B images instead of the router's own decisions (dense: all ones); None asks the router.
-    router_lr: Adam at this rate for the router; None trains it by the backbone's SGD, at router_scale times its rate and
-    without weight decay. lr_scale: of optim.lr, for the backbone. schedule: called before each minibatch with the part of
-    the phase that is done, 0..1 (exploration, temperature).
+    trains: "backbone", "router" or both; the rest is frozen in eval().
+    loss: its terms are summed and become columns of train.csv; those named note_... are only recorded.
+    routes: keep_BUG for B images instead of the router's own decisions (dense: all ones); None asks the router.
+    router_lr: Adam at this rate (and with this router_decay) for the router; None trains it by the backbone's SGD, at
+    router_scale times its rate and without weight decay. lr_scale: of optim.lr, for the backbone.
+    schedule: called before each minibatch with the part of the phase that is done, 0..1 (exploration, temperature).
     """
 
     name: str
@@ -74,6 +78,7 @@ class Phase:
     loss: Callable[[Output, Batch], dict[str, Tensor]]
     routes: Callable[[int], Tensor] | None = None
     router_lr: float | None = None
+    router_decay: float = 0.0
     router_scale: float = 1.0
     lr_scale: float = 1.0
     schedule: Callable[[float], None] | None = None

@@ -59,6 +59,8 @@ class GateRouter(Router):
     A part runs when its open logit beats its closed one by more than price times its share of the unit's MACs.
     """
 
+    train_only = ("category",)
+
     def __init__(self, specs: Sequence[UnitSpec], options: DmnnOptions, superclasses: int = 0) -> None:
         super().__init__(specs)
         self.options = options

@@ -7,13 +7,17 @@
     loss     (target_u - Q(s_u, a_u))^2, target detached
 
 Training alternates as in RNP's Algorithm 1: the CNN learns all widths, then agent and CNN take turns. `rnp` keeps to what
-the paper and its authors' code state; `rnr` differs by its options: the cost is the action's share of the unit's
-multiply-adds, the charge is drawn for every image from a range and given to the agent (so that one agent serves every
-budget), and agent and CNN end by learning together. B images, U units, A actions, D hidden size.
+the paper and its authors' code state. `rnr` differs by its options, all ours: the cost is the action's share of the unit's
+multiply-adds; for every image a budget is drawn and the charge that buys it is given to the agent, so that one agent
+serves every budget; the reward is measured against the teacher's own loss on that image, which changes no decision and
+takes away most of the noise; returns reach back faster (lambda); and agent and CNN end by learning together.
+B images, U units, A actions, D hidden size, K knots of the price table.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
-from dynroute.routers.base import Net, Phase, Router, cross_entropy, ranged, stacked
+from dynroute.routers.base import Net, Phase, Router, classification_loss, cross_entropy, ranged, stacked
 
 CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
     "rnn": nn.RNNCell,
@@ -31,6 +35,11 @@ CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
     "lstm": nn.LSTMCell,
 }
 GATES_OF = {"rnn": 1, "gru": 3, "lstm": 4}
+ALPHA_FROM = 20  # minibatches over which an automatic alpha is measured: 2,560 losses, 2 % (ours)
+KNOTS = 9  # of the table from budget to charge (ours)
+FEEDBACK = 0.1  # step of log(charge) per minibatch and per share missed (ours)
+FIRST_CHARGES = (0.3, 0.01)  # where the table starts, at its cheapest and its dearest budget (ours)
+CHARGES = (1e-4, 1e2)  # and what it never leaves
 
 
 @dataclass
@@ -52,20 +61,33 @@ class RnpOptions:
     action_cost: str = "index"
     """Cost of action i: index, the paper's (i-1), or share, its part of the unit's multiply-adds."""
     charge: list[float] | None = None
-    """Charge per unit of cost: [-p] or [low, high]; a range is drawn from, image by image, and given to the agent.
-    Empty: [0.1] for rnp (the paper's p = -0.1), [0.0, 0.15] for rnr."""
-    alpha: float = 1.0
-    """Scale of the classification loss in the reward."""
+    """Charge per unit of cost: [-p], or [low, high]: drawn from, image by image, and given to the agent.
+    Empty: [0.1], the paper's p = -0.1, unless there is a budget."""
+    budget: list[float] | None = None
+    """[low, high]: shares of the dense net's multiply-adds drawn from, image by image, instead of a charge; the charge that
+    buys each share is found by feedback and given to the agent. Empty: off. Ours."""
+    alpha: float = 0.0
+    """Scale of the classification loss in the reward; 0: so that its mean is 1 (the paper), measured on the train split."""
+    baseline: bool = False
+    """Reward the loss beyond the teacher's own on that image (needs optim.teacher). Ours."""
     gamma: float = 1.0
     """Discount of Q-learning (authors' code: 1)."""
     trace: float = 0.0
     """Lambda of Q(lambda) returns; 0 is the paper's one-step target."""
+    slow_target: float = 0.0
+    """Decay per minibatch of a slowly moving copy of the agent that gives the targets (0.99, say); 0: none. Ours."""
+    double_q: bool = False
+    """Let the agent pick the next action and the slow copy value it (van Hasselt et al., 2016); needs slow_target. Ours."""
+    td: str = "mse"
+    """Loss of the TD error: mse (paper) or huber."""
     hidden: int = 128
     """Size of the encoders and of the recurrent state. Ours."""
     cell: str = "gru"
     """Recurrent cell: rnn, gru (authors' code) or lstm."""
     lr: float = 1e-3
     """Learning rate of the agent (Adam). Ours; the authors' 1e-4 goes with hundreds of epochs."""
+    agent_decay: float = 0.0
+    """Weight decay of the agent (authors' code: 5e-5)."""
     epsilon_start: float = 1.0
     """Exploration at the start of the agent's training."""
     epsilon_end: float = 0.1
@@ -75,7 +97,10 @@ class RnpOptions:
 
     def __post_init__(self) -> None:
         """Fill in the charge and raise InputError on the first value out of range."""
-        self.charge = [0.1] if self.charge is None else self.charge
+        if self.charge is not None and self.budget is not None:
+            raise InputError("router.charge and router.budget exclude each other: a budget finds its own charge")
+        if self.charge is None and self.budget is None:
+            self.charge = [0.1]
         for name in (
             "pretrain_epochs",
             "widths_epochs",
@@ -85,7 +110,7 @@ class RnpOptions:
             "joint_epochs",
         ):
             ranged(f"router.{name}", getattr(self, name), 0, 100_000)
-        for name in ("gamma", "trace", "epsilon_start", "epsilon_end"):
+        for name in ("gamma", "trace", "epsilon_start", "epsilon_end", "slow_target", "agent_decay"):
             ranged(f"router.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("alpha", "lr", "cnn_lr"):
             ranged(f"router.{name}", getattr(self, name), 0.0, 1e6)
@@ -94,12 +119,16 @@ class RnpOptions:
             raise InputError(f"router.cell must be one of {', '.join(CELLS)}, not {self.cell!r}")
         if self.action_cost not in ("index", "share"):
             raise InputError(f"router.action_cost must be index or share, not {self.action_cost!r}")
-        if (
-            not 1 <= len(self.charge) <= 2
-            or not all(0 <= c < 1e6 for c in self.charge)
-            or sorted(self.charge) != self.charge
-        ):
-            raise InputError(f"router.charge must be [p] or [low, high], low <= high, none negative, not {self.charge}")
+        if self.td not in ("mse", "huber"):
+            raise InputError(f"router.td must be mse or huber, not {self.td!r}")
+        if self.double_q and not self.slow_target:
+            raise InputError("router.double_q needs router.slow_target, the decay of the copy that values the action")
+        c = self.charge
+        if c is not None and (not 1 <= len(c) <= 2 or not all(0 <= x < 1e6 for x in c) or sorted(c) != c):
+            raise InputError(f"router.charge must be [p] or [low, high], low <= high, none negative, not {c}")
+        b = self.budget
+        if b is not None and (len(b) != 2 or not 0 < b[0] < b[1] <= 1):
+            raise InputError(f"router.budget must be [low, high] with 0 < low < high <= 1, not {b}")
 
 
 @dataclass
@@ -114,6 +143,8 @@ class RnrOptions(RnpOptions):
     """Epochs in which each minibatch trains both."""
     action_cost: str = "share"
     """Cost of action i: index, RNP's (i-1), or share, its part of the unit's multiply-adds."""
+    baseline: bool = True
+    """Reward the loss beyond the teacher's own on that image; without a teacher the loss itself."""
     trace: float = 0.7
     """Lambda of Q(lambda) returns; 0 is a one-step target."""
     hidden: int = 64
@@ -122,97 +153,193 @@ class RnrOptions(RnpOptions):
     """Learning rate of the agent (Adam)."""
 
     def __post_init__(self) -> None:
-        """Fill in the charge, a range, and check as RNP does."""
-        self.charge = [0.0, 0.15] if self.charge is None else self.charge
+        """Fill in the budget, unless a charge is given, and check as RNP does."""
+        if self.charge is None and self.budget is None:
+            self.budget = [0.3, 0.9]
         super().__post_init__()
 
 
 class Memory(NamedTuple):
-    """The agent's state. h_BD, c_BD: recurrent state (c for an LSTM). charge_B: this image's charge. action_B: the last one."""
+    """The agent's state. hidden: (h_BD, c_BD) of the agent, and of its slow copy where it has one; charge_B: this image's
+    charge; asked_B: the budget or charge asked of it; ran_B: the share that the unit before has run."""
 
-    h_BD: Tensor
-    c_BD: Tensor
+    hidden: tuple[tuple[Tensor, Tensor], ...]
     charge_B: Tensor
-    action_B: Tensor
+    asked_B: Tensor
+    ran_B: Tensor
+
+
+class Agent(nn.Module):
+    """encoder_u -> one recurrent cell -> decoder_u. told: further inputs of every encoder."""
+
+    def __init__(self, specs: Sequence[UnitSpec], size: int, cell: str, told: int) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(nn.Linear(s.in_channels + told, size) for s in specs)
+        self.cell = CELLS[cell](size, size)
+        self.decoders = nn.ModuleList(nn.Linear(size, s.parts) for s in specs)
+        self.lstm = cell == "lstm"
+
+    def forward(self, u: int, x_BC: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Q-values (B, A) of unit u and the next hidden state."""
+        code_BD = F.relu(self.encoders[u](x_BC))
+        h_BD, c_BD = (part.to(code_BD.dtype) for part in hidden)
+        if self.lstm:
+            h_BD, c_BD = self.cell(code_BD, (h_BD, c_BD))
+        else:
+            h_BD = self.cell(code_BD, h_BD)
+        return self.decoders[u](h_BD).float(), (h_BD, c_BD)
 
 
 class QRouter(Router):
-    """encoder_u, shared cell, decoder_u. Never explores in eval(). epsilon is set by the training schedule."""
+    """The agent under the router's contract. Never explores in eval(). epsilon is set by the training schedule.
 
+    What only training needs is not counted as a parameter of the net: `slow`, the copy that gives the targets.
+    """
+
+    train_only = ("slow",)
     epsilon: float = 0.1
+    log_charge_K: Tensor
+    loss_mean: Tensor
+    loss_count: Tensor
 
     def __init__(self, specs: Sequence[UnitSpec], options: RnpOptions, superclasses: int = 0) -> None:
         super().__init__(specs)
         if any(s.form == "free" for s in specs):
             raise InputError("the Q-agent needs nested or alternative parts: set backbone.unit=channels (or auto)")
         self.options = options
-        assert options.charge is not None
-        self.low, self.high = options.charge[0], options.charge[-1]
+        self.low, self.high = _ends(options)
         self.conditioned = self.high > self.low
+        self.told = 2 if self.conditioned else 0
         self.actions = max(s.parts for s in specs)
-        size = options.hidden
         # standardised per channel, so that an encoder need not learn the scale of its feature map
         self.norms = nn.ModuleList(nn.BatchNorm1d(s.in_channels, affine=False) for s in specs)
-        extra = 1 if self.conditioned else 0
-        self.encoders = nn.ModuleList(nn.Linear(s.in_channels + extra, size) for s in specs)
-        self.cell = CELLS[options.cell](size, size)
-        self.decoders = nn.ModuleList(nn.Linear(size, s.parts) for s in specs)
+        self.agent = Agent(specs, options.hidden, options.cell, self.told)
+        self.slow = copy.deepcopy(self.agent).requires_grad_(False) if options.slow_target else None
+        first, last = (math.log(charge) for charge in FIRST_CHARGES)
+        self.register_buffer("log_charge_K", torch.linspace(first, last, KNOTS))
+        self.register_buffer("loss_mean", torch.zeros(()))
+        self.register_buffer("loss_count", torch.zeros(()))
         for u, spec in enumerate(specs):
             self.register_buffer(f"keep_{u}", action_keeps(spec), persistent=False)
             self.register_buffer(f"cost_{u}", action_costs(spec, options.action_cost), persistent=False)
             self.register_buffer(f"share_{u}", action_costs(spec, "share"), persistent=False)
 
     def begin(self, x_BCHW: Tensor) -> Memory:
-        """Zero state, and each image's charge: drawn from the range in training, its cheapest-net end by the dial in eval."""
-        zero_BD = x_BCHW.new_zeros(len(x_BCHW), self.options.hidden, dtype=torch.float32)
+        """Zero state, and each image's budget or charge: drawn from the range in training, set by the dial in eval."""
+        images, device = len(x_BCHW), x_BCHW.device
+        zero_BD = x_BCHW.new_zeros(images, self.options.hidden, dtype=torch.float32)
         if self.training and self.conditioned:
-            charge_B = self.low + (self.high - self.low) * torch.rand(len(x_BCHW), device=x_BCHW.device)
+            asked_B = self.low + (self.high - self.low) * torch.rand(images, device=device)
         else:
-            charge_B = zero_BD.new_full((len(x_BCHW),), self._asked()[0])
-        return Memory(zero_BD, zero_BD, charge_B, torch.zeros_like(charge_B, dtype=torch.long))
+            asked_B = torch.full((images,), self._asked()[0], device=device)
+        hidden = ((zero_BD, zero_BD),) * (1 if self.slow is None else 2)
+        return Memory(hidden, self._charge(asked_B), asked_B, torch.zeros_like(asked_B))
 
     def decide(self, u: int, x_BCHW: Tensor, state: Memory) -> tuple[Decision, Memory]:
-        """Best action, or a random one with probability epsilon in training. Notes: q_BA, action_B, reward_B (cost part)."""
+        """Best action, or a random one with probability epsilon in training.
+
+        Notes: q_BA, slow_BA (with a slow copy), action_B, greedy_B (the best action), reward_B (its part for the cost),
+        asked_B (the budget or charge).
+        """
         pooled_BC = self.norms[u](x_BCHW.detach().float().mean((2, 3)))  # the TD loss must not teach the CNN
         if self.conditioned:
-            asked_B1 = ((state.charge_B - self.low) / (self.high - self.low))[:, None] * 2 - 1
-            pooled_BC = torch.cat([pooled_BC, asked_B1], 1)
-        h_BD, c_BD = self._step(F.relu(self.encoders[u](pooled_BC)), state)
-        q_BA = self.decoders[u](h_BD).float()
+            pooled_BC = torch.cat([pooled_BC, self._told(state)], 1)
+        q_BA, hidden = self.agent(u, pooled_BC, state.hidden[0])
         score_BA = q_BA if self.training else q_BA - self._asked()[1] * self.get_buffer(f"share_{u}")
-        action_B = score_BA.argmax(1)
+        greedy_B = action_B = score_BA.argmax(1)
         if self.training:
             explore_B = torch.rand(len(q_BA), device=q_BA.device) < self.epsilon
             action_B = torch.where(explore_B, torch.randint_like(action_B, q_BA.shape[1]), action_B)
-        reward_B = -state.charge_B * self.get_buffer(f"cost_{u}")[action_B]
-        q_BA = F.pad(q_BA, (0, self.actions - q_BA.shape[1]), value=-torch.inf)  # never the best of the next unit
-        notes = {"q": q_BA, "action": action_B, "reward": reward_B}
-        return Decision(self.get_buffer(f"keep_{u}")[action_B], notes), Memory(h_BD, c_BD, state.charge_B, action_B)
+        notes = {
+            "q": self._padded(q_BA),
+            "action": action_B,
+            "greedy": greedy_B,
+            "reward": -state.charge_B * self.get_buffer(f"cost_{u}")[action_B],
+            "asked": state.asked_B,
+        }
+        after: tuple[tuple[Tensor, Tensor], ...] = (hidden,)
+        if self.slow is not None:
+            with torch.no_grad():
+                slow_BA, slow_hidden = self.slow(u, pooled_BC, state.hidden[1])
+            notes["slow"], after = self._padded(slow_BA), (hidden, slow_hidden)
+        ran_B = self.get_buffer(f"share_{u}")[action_B]
+        return Decision(self.get_buffer(f"keep_{u}")[action_B], notes), state._replace(hidden=after, ran_B=ran_B)
 
     def macs(self) -> float:
         """Encoders, cell (once per unit) and decoders."""
         d, gates = self.options.hidden, GATES_OF[self.options.cell]
-        extra = 1 if self.conditioned else 0
-        linear = sum((s.in_channels + extra) * d + d * s.parts for s in self.specs)
+        linear = sum((s.in_channels + self.told) * d + d * s.parts for s in self.specs)
         return float(linear + len(self.specs) * gates * 2 * d * d)
 
-    def _asked(self) -> tuple[float, float]:
-        """(charge given to the agent, charge on top per share): the dial moves the first within its range, then the second.
+    def keeps(self, action_BU: Tensor) -> Tensor:
+        """keep_BUG of actions."""
+        return stacked([self.get_buffer(f"keep_{u}")[action_BU[:, u]] for u in range(len(self.specs))])
 
-        At price 0 a conditioned agent stands in the middle of its range.
+    @torch.no_grad()
+    def alpha(self, loss_B: Tensor) -> Tensor:
+        """The scale of the loss in the reward: given, or 1 / mean loss over the first ALPHA_FROM minibatches seen."""
+        if self.options.alpha:
+            return loss_B.new_tensor(self.options.alpha)
+        if self.training and self.loss_count < ALPHA_FROM:
+            self.loss_count += 1
+            self.loss_mean += (loss_B.mean() - self.loss_mean) / self.loss_count
+        return 1 / self.loss_mean.clamp(min=1e-6)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the slow copy a step towards the agent."""
+        if self.slow is not None:
+            for slow, fast in zip(self.slow.parameters(), self.agent.parameters(), strict=True):
+                slow.lerp_(fast, 1 - self.options.slow_target)
+
+    @torch.no_grad()
+    def correct_charges(self, asked_B: Tensor, share_B: Tensor) -> None:
+        """Raise the charge of budgets that were overspent, lower that of the others; less while the agent explores."""
+        place_B = (asked_B - self.low) / (self.high - self.low) * (KNOTS - 1)
+        near_BK = (1 - (place_B[:, None] - torch.arange(KNOTS, device=place_B.device)).abs()).clamp(min=0)
+        missed_K = (near_BK * (share_B - asked_B)[:, None]).sum(0) / near_BK.sum(0).clamp(min=1)
+        low, high = (math.log(charge) for charge in CHARGES)
+        self.log_charge_K += FEEDBACK * (1 - self.epsilon) * missed_K
+        self.log_charge_K.clamp_(low, high)
+
+    def _asked(self) -> tuple[float, float]:
+        """(budget or charge given to the agent, charge on top per share): the dial moves the first within its range, then
+
+        the second. At price 0 a conditioned agent stands in the middle of its range; a budget falls as the price rises.
         """
         if not self.conditioned:
             return self.low, self.price
-        wanted = (self.low + self.high) / 2 + self.price
+        sign = -1 if self.options.budget else 1
+        wanted = (self.low + self.high) / 2 + sign * self.price
         inside = min(max(wanted, self.low), self.high)
-        return inside, wanted - inside
+        return inside, sign * (wanted - inside)
 
-    def _step(self, code_BD: Tensor, state: Memory) -> tuple[Tensor, Tensor]:
-        if self.options.cell == "lstm":
-            h_BD, c_BD = self.cell(code_BD, (state.h_BD.to(code_BD.dtype), state.c_BD.to(code_BD.dtype)))
-            return h_BD, c_BD
-        h_BD = self.cell(code_BD, state.h_BD.to(code_BD.dtype))
-        return h_BD, state.c_BD
+    def _charge(self, asked_B: Tensor) -> Tensor:
+        """The charge of each image: as drawn, or what its budget costs by the table (linear in log charge)."""
+        if not self.options.budget:
+            return asked_B
+        place_B = (asked_B - self.low) / (self.high - self.low) * (KNOTS - 1)
+        left_B = place_B.floor().clamp(0, KNOTS - 2).long()
+        return torch.lerp(self.log_charge_K[left_B], self.log_charge_K[left_B + 1], place_B - left_B).exp()
+
+    def _told(self, state: Memory) -> Tensor:
+        """(B, 2): the charge (by its logarithm where a budget finds it), and the share that the unit before has run."""
+        if self.options.budget:
+            told_B = state.charge_B.log10() + 1
+        else:
+            told_B = (state.charge_B - self.low) / (self.high - self.low) * 2 - 1
+        return torch.stack([told_B, state.ran_B], 1)
+
+    def _padded(self, q_BA: Tensor) -> Tensor:
+        """Q-values of a unit with fewer actions; what it lacks is never the best."""
+        return F.pad(q_BA, (0, self.actions - q_BA.shape[1]), value=-torch.inf)
+
+
+def _ends(options: RnpOptions) -> tuple[float, float]:
+    """The range of what is asked: of budgets, or of charges (equal where there is one charge)."""
+    asked = options.budget or options.charge
+    assert asked is not None
+    return asked[0], asked[-1]
 
 
 def action_keeps(spec: UnitSpec) -> Tensor:
@@ -228,29 +355,50 @@ def action_costs(spec: UnitSpec, kind: str) -> Tensor:
     return action_keeps(spec) @ torch.tensor(spec.part_shares)
 
 
-def td_targets(q_BUA: Tensor, reward_BU: Tensor, gamma: float, trace: float) -> Tensor:
-    """Targets (B, U), detached: r_u + gamma [(1 - lambda) max_a Q_{u+1} + lambda target_{u+1}]; r_U alone at the end.
+def next_values(notes: dict[str, Tensor], double: bool) -> Tensor:
+    """(B, U), detached: what the best action of each unit is worth, by the slow copy where there is one.
+
+    double: the best by the agent, its worth by the slow copy.
+    """
+    q_BUA = notes["q"].detach()
+    valued_BUA = notes.get("slow", q_BUA)
+    if double:
+        return valued_BUA.gather(2, q_BUA.argmax(2, keepdim=True))[:, :, 0]
+    return valued_BUA.max(2).values
+
+
+def td_targets(value_BU: Tensor, reward_BU: Tensor, gamma: float, trace: float) -> Tensor:
+    """Targets (B, U), detached: r_u + gamma [(1 - lambda) value_{u+1} + lambda target_{u+1}]; r_U alone at the end.
 
     lambda = 0 is the paper's one-step Q-learning. Larger ones carry the terminal reward faster through the units, at the
     price of the exploring policy's returns (Peng and Williams, 1996, without cutting the trace).
     """
-    best_BU = q_BUA.detach().max(2).values
     targets = [reward_BU[:, -1]]
     for u in range(reward_BU.shape[1] - 2, -1, -1):
-        ahead_B = (1 - trace) * best_BU[:, u + 1] + trace * targets[-1]
+        ahead_B = (1 - trace) * value_BU[:, u + 1] + trace * targets[-1]
         targets.append(reward_BU[:, u] + gamma * ahead_B)
     return torch.stack(targets[::-1], 1).detach()
 
 
-def td_loss(out: Output, batch: Batch, options: RnpOptions) -> Tensor:
-    """Mean squared TD error over images and units. The terminal reward is each image's own loss."""
+def rewards(out: Output, batch: Batch, alpha: float | Tensor, loss_B: Tensor, baseline: bool) -> Tensor:
+    """(B, U): charges of the actions, and at the end -alpha times that image's own loss.
+
+    baseline: the teacher's own loss on that image is taken off: a constant of the image, so that with gamma = 1 the best
+    actions stay what they are and the returns vary less.
+    """
+    reward_BU = out.trace.notes["reward"].clone()
+    if baseline and batch.advice is not None:
+        loss_B = loss_B - classification_loss(batch.advice.logits_BK, batch)
+    reward_BU[:, -1] -= alpha * loss_B
+    return reward_BU
+
+
+def td_loss(out: Output, reward_BU: Tensor, options: RnpOptions) -> Tensor:
+    """Mean squared (or Huber) TD error over images and units."""
     notes = out.trace.notes
-    reward_BU = notes["reward"].clone()
-    own_B = F.cross_entropy(out.logits_BK.detach().float(), batch.labels, reduction="none")
-    reward_BU[:, -1] -= options.alpha * own_B
     taken_BU = notes["q"].gather(2, notes["action"][:, :, None])[:, :, 0]
-    targets_BU = td_targets(notes["q"], reward_BU, options.gamma, options.trace)
-    return F.mse_loss(taken_BU, targets_BU)
+    targets_BU = td_targets(next_values(notes, options.double_q), reward_BU, options.gamma, options.trace)
+    return F.huber_loss(taken_BU, targets_BU) if options.td == "huber" else F.mse_loss(taken_BU, targets_BU)
 
 
 def random_widths(specs: Sequence[UnitSpec]) -> Callable[[int], Tensor]:
@@ -282,7 +430,21 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
         router.epsilon = epsilon
 
     def agent_loss(out: Output, batch: Batch) -> dict[str, Tensor]:
-        return {"loss_td": td_loss(out, batch, options)}
+        loss_B = classification_loss(out.logits_BK.detach().float(), batch)
+        alpha = router.alpha(loss_B)
+        terms = {
+            "loss_td": td_loss(out, rewards(out, batch, alpha, loss_B, options.baseline), options),
+            "note_alpha": alpha,
+        }
+        if options.budget:
+            share_B = net.cost(router.keeps(out.trace.notes["greedy"])) / net.cost.dense
+            router.correct_charges(out.trace.notes["asked"][:, 0], share_B.float())
+            terms |= {
+                "note_charge_low": router.log_charge_K[0].exp(),
+                "note_charge_high": router.log_charge_K[-1].exp(),
+            }
+        router.follow()
+        return terms
 
     def both(out: Output, batch: Batch) -> dict[str, Tensor]:
         return cross_entropy(out, batch) | agent_loss(out, batch)
@@ -297,6 +459,7 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
             ("router",),
             agent_loss,
             router_lr=options.lr,
+            router_decay=options.agent_decay,
             schedule=lambda done, start=start: explore(start + (options.epsilon_end - start) * done),  # type: ignore[misc]
         )
         yield Phase(f"cnn{turn + 1}", options.cnn_epochs, ("backbone",), cross_entropy, lr_scale=options.cnn_lr)
@@ -306,6 +469,7 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
         ("backbone", "router"),
         both,
         router_lr=options.lr / 2,
+        router_decay=options.agent_decay,
         lr_scale=options.cnn_lr,
         schedule=lambda done: explore(options.epsilon_end),
     )
