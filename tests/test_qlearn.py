@@ -465,3 +465,12 @@ def test_a_budget_is_learned_and_asked_by_the_dial() -> None:
 def test_wrong_options(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         RnpOptions(**wrong)
+
+
+def test_independent_widths_have_no_common_level() -> None:
+    torch.manual_seed(0)
+    widths_BU = random_widths([NESTED] * 6, "independent")(4000).sum(2)
+    assert torch.allclose(
+        torch.stack([(widths_BU == w).float().mean() for w in (1, 2, 3, 4)]), torch.tensor(0.25), atol=0.02
+    )
+    assert abs(float(torch.corrcoef(widths_BU[:, :2].T)[0, 1])) < 0.05

@@ -40,12 +40,16 @@ def build(config: Config, spec: DataSpec) -> RoutedNet:
 
 
 def _start(backbone: Backbone, options: BackboneOptions) -> None:
-    """Fill a backbone from backbone.weights: as it is from a run of the same form, else by way of the plain dense net."""
+    """Fill a backbone from backbone.weights: by way of the plain dense net, its channels ranked anew;
+
+    as it is from a run of the same form that has trained narrower widths, whose order of channels is learned.
+    """
     path = _checkpoint(Path(str(options.weights)))
     content = load_tensors(path)
     if isinstance(content, dict) and "format" in content:
         source, config, _ = restore(path)
-        if dataclasses.replace(config.backbone, weights=options.weights) == options:
+        dense = config.router_name == "static" and config.router.width == 1.0
+        if not dense and dataclasses.replace(config.backbone, weights=options.weights) == options:
             load_weights(backbone, source.backbone.state_dict(), path)
             return
     backbone.load_dense(dense_state(path))

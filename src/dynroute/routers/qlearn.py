@@ -50,6 +50,9 @@ class RnpOptions:
     """Epochs of the dense net before anything else; set 0 where backbone.weights brings a trained one."""
     widths_epochs: int = 4
     """Epochs of the CNN under random actions, so that every width works (stage 2 of the authors' code)."""
+    width_draws: str = "independent"
+    """Random actions of the widths phase: independent for every image and layer (authors' code), or mixed: half of the
+    images near one level, a quarter at one level, a quarter independent (ours: reaches all-narrow and all-wide nets)."""
     rounds: int = 2
     """Rounds M of Algorithm 1: agent, then CNN."""
     agent_epochs: int = 2
@@ -86,6 +89,8 @@ class RnpOptions:
     """Recurrent cell: rnn, gru (authors' code) or lstm."""
     lr: float = 1e-3
     """Learning rate of the agent (Adam). Ours; the authors' 1e-4 goes with hundreds of epochs."""
+    joint_lr: float = 5e-4
+    """Learning rate of the agent where it learns together with the CNN (authors' code: 1e-4)."""
     agent_decay: float = 0.0
     """Weight decay of the agent (authors' code: 5e-5)."""
     epsilon_start: float = 1.0
@@ -112,13 +117,15 @@ class RnpOptions:
             ranged(f"router.{name}", getattr(self, name), 0, 100_000)
         for name in ("gamma", "trace", "epsilon_start", "epsilon_end", "slow_target", "agent_decay"):
             ranged(f"router.{name}", getattr(self, name), 0.0, 1.0)
-        for name in ("alpha", "lr", "cnn_lr"):
+        for name in ("alpha", "lr", "joint_lr", "cnn_lr"):
             ranged(f"router.{name}", getattr(self, name), 0.0, 1e6)
         ranged("router.hidden", self.hidden, 1, 65_536)
         if self.cell not in CELLS:
             raise InputError(f"router.cell must be one of {', '.join(CELLS)}, not {self.cell!r}")
         if self.action_cost not in ("index", "share"):
             raise InputError(f"router.action_cost must be index or share, not {self.action_cost!r}")
+        if self.width_draws not in ("independent", "mixed"):
+            raise InputError(f"router.width_draws must be independent or mixed, not {self.width_draws!r}")
         if self.td not in ("mse", "huber"):
             raise InputError(f"router.td must be mse or huber, not {self.td!r}")
         if self.double_q and not self.slow_target:
@@ -135,6 +142,8 @@ class RnpOptions:
 class RnrOptions(RnpOptions):
     """The `router` section for router.name=rnr: RNP's options with other defaults. All schedules and sizes are ours."""
 
+    width_draws: str = "mixed"
+    """Random actions of the widths phase: independent for every image and layer, or mixed with near-uniform widths."""
     rounds: int = 1
     """Rounds M of Algorithm 1: agent, then CNN."""
     cnn_epochs: int = 0
@@ -151,6 +160,8 @@ class RnrOptions(RnpOptions):
     """Size of the encoders and of the recurrent state."""
     lr: float = 2e-3
     """Learning rate of the agent (Adam)."""
+    joint_lr: float = 1e-3
+    """Learning rate of the agent where it learns together with the CNN."""
 
     def __post_init__(self) -> None:
         """Fill in the budget, unless a charge is given, and check as RNP does."""
@@ -401,21 +412,27 @@ def td_loss(out: Output, reward_BU: Tensor, options: RnpOptions) -> Tensor:
     return F.huber_loss(taken_BU, targets_BU) if options.td == "huber" else F.mse_loss(taken_BU, targets_BU)
 
 
-def random_widths(specs: Sequence[UnitSpec]) -> Callable[[int], Tensor]:
-    """Routes for the widths phase: half of the images at one level with jitter, a quarter uniform, a quarter independent.
+def random_widths(specs: Sequence[UnitSpec], draws: str = "mixed") -> Callable[[int], Tensor]:
+    """Routes for the widths phase.
 
-    Ours; the authors draw every layer independently, under which no image ever runs all-narrow or all-wide.
+    independent: every image and unit for itself (the authors), under which hardly an image runs all-narrow or all-wide.
+    mixed: half of the images at one level with jitter, a quarter at one level, a quarter independent (ours).
     """
     parts = torch.tensor([s.parts for s in specs])
     keeps = [action_keeps(s) for s in specs]
 
     def draw(images: int) -> Tensor:
+        if draws == "independent":
+            return routes(torch.rand(images, len(specs)))
         level_B1 = torch.rand(images, 1)
         jitter_BU = (level_B1 + 0.25 * torch.randn(images, len(specs))).clamp(0, 0.999)
         kind_B1 = torch.rand(images, 1)
         free_BU = torch.rand(images, len(specs))
         mixed_BU = torch.where(kind_B1 < 0.5, jitter_BU, torch.where(kind_B1 < 0.75, level_B1, free_BU))
-        action_BU = (mixed_BU * parts).long()
+        return routes(mixed_BU)
+
+    def routes(level_BU: Tensor) -> Tensor:
+        action_BU = (level_BU * parts).long()
         return stacked([keep[action_BU[:, u]] for u, keep in enumerate(keeps)])
 
     return draw
@@ -449,8 +466,9 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
     def both(out: Output, batch: Batch) -> dict[str, Tensor]:
         return cross_entropy(out, batch) | agent_loss(out, batch)
 
+    widths = random_widths(router.specs, options.width_draws)
     yield Phase("pretrain", options.pretrain_epochs, ("backbone",), cross_entropy, routes=net.dense_routes)
-    yield Phase("widths", options.widths_epochs, ("backbone",), cross_entropy, routes=random_widths(router.specs))
+    yield Phase("widths", options.widths_epochs, ("backbone",), cross_entropy, routes=widths)
     for turn in range(options.rounds):
         start = options.epsilon_start if turn == 0 else options.epsilon_end
         yield Phase(
@@ -468,7 +486,7 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
         options.joint_epochs,
         ("backbone", "router"),
         both,
-        router_lr=options.lr / 2,
+        router_lr=options.joint_lr,
         router_decay=options.agent_decay,
         lr_scale=options.cnn_lr,
         schedule=lambda done: explore(options.epsilon_end),
