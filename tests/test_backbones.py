@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.backbones import BACKBONES, Backbone, BackboneOptions
+from dynroute.backbones import Backbone, BackboneOptions
 from dynroute.contracts import InputError
 from dynroute.cost import NetCost
 from dynroute.testing import check_backbone, close, count_macs, shake
@@ -29,7 +29,7 @@ def test_backbones_keep_their_contract(name: str, unit: str, shortcut: str) -> N
 
 
 @pytest.mark.parametrize("unit", BASIC)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)])
 def test_every_row_is_built_and_counted(name: str, unit: str) -> None:
     backbone = make_backbone(name, unit)
     blocks = (int(name.removeprefix("resnet")) - 2) // 2

@@ -32,10 +32,11 @@ def make_backbone(
     shortcut: str = "A",
     width: int = 8,
     size: int = 16,
+    classes: int = 10,
 ) -> Backbone:
     """A backbone for 16-pixel images, not trained."""
     options = BackboneOptions(name, unit=unit, parts=parts, width=width, shortcut=shortcut).resolved(unit)
-    return BACKBONES[name](replace(SPEC, image_size=size), options)
+    return BACKBONES[name](replace(SPEC, image_size=size, classes=classes), options)
 
 
 def make_router(name: str, specs: Sequence[UnitSpec], superclasses: int = 0, **options: Any) -> Router:

@@ -27,7 +27,7 @@ class FastNet:
 
     def __init__(self, net: RoutedNet, cache: int = 512) -> None:
         self.net, self.cache = net.eval(), max(cache, 1)
-        self.stem = folded(net.backbone.stem)
+        self.stem, self.head = folded(net.backbone.stem), folded(net.backbone.head)
         self.modules: OrderedDict[Key, nn.Module] = OrderedDict()
 
     @torch.inference_mode()
@@ -47,7 +47,7 @@ class FastNet:
             x_BCHW = self._unit(u, x_BCHW, keep_BG, above_BG)
             keeps.append(keep_BG)
         trace = stack(keeps, [{} for _ in keeps])
-        return Output(net.backbone.head(x_BCHW), trace, net.cost(trace.keep_BUG))
+        return Output(self.head(x_BCHW), trace, net.cost(trace.keep_BUG))
 
     def _unit(self, u: int, x_BCHW: Tensor, keep_BG: Tensor, above_BG: Tensor | None) -> Tensor:
         """Run one unit, pattern by pattern."""

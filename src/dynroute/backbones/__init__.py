@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 from dynroute.backbones.base import Backbone, BackboneOptions
+from dynroute.backbones.mobilenet import MobileNetV2
+from dynroute.backbones.resnet import LAYOUTS, ResNet
 from dynroute.backbones.resnet_cifar import CifarResNet
 from dynroute.data import DataSpec
 
@@ -14,5 +16,7 @@ MakeBackbone = Callable[[DataSpec, BackboneOptions], Backbone]  # options resolv
 BACKBONES: dict[str, MakeBackbone] = {
     f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)
 }
+BACKBONES |= {f"resnet{depth}": partial(ResNet, depth) for depth in LAYOUTS}
+BACKBONES["mobilenet_v2"] = MobileNetV2
 
-__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "CifarResNet", "MakeBackbone"]
+__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "CifarResNet", "MakeBackbone", "MobileNetV2", "ResNet"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
 from dynroute.units import FORMS, Unit, Weights, tensors
 
+Kind = TypeVar("Kind")
 USUAL_PARTS = {"channels": 4, "paths": 2}
 
 
@@ -27,9 +30,9 @@ class BackboneOptions:
     parts: int = 0
     """Parts a block is cut into; 0: 4 groups of channels (RNP), or 2 sub-blocks (DMNN)."""
     width: int = 0
-    """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets)."""
+    """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets, 64 for ImageNet's)."""
     shortcut: str = "A"
-    """Shortcut where shapes change: A (subsample and zero-pad, no cost) or B (1x1 projection)."""
+    """Shortcut where shapes change: A (subsample and zero-pad, no cost) or B (1x1 projection); ImageNet ResNets have B."""
 
     def __post_init__(self) -> None:
         """Raise InputError on the first value out of range."""
@@ -46,6 +49,14 @@ class BackboneOptions:
         """The same with nothing left to choose; needed: the unit form of the method, "any" where all will do."""
         unit = self.unit if self.unit != "auto" else {"any": "channels"}.get(needed, needed)
         return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width or 4096))
+
+    def kind(self, kinds: Mapping[str, Kind]) -> Kind:
+        """The units of the form asked for. Raises InputError where this net has no such units."""
+        if self.unit not in kinds:
+            raise InputError(
+                f"backbone.unit={self.unit} is not there for {self.name} yet (choices: {', '.join(kinds)})"
+            )
+        return kinds[self.unit]
 
     def wide(self, own: int) -> int:
         """The width to build, `own` being the net's own. Raises InputError where the parts would not fit into it."""
@@ -111,3 +122,9 @@ class Backbone(nn.Module):
         for unit in self.routable:
             out |= {f"{unit.spec.name}.{k}": v for k, v in unit.dense_state().items()}
         return out
+
+
+def initialise(module: nn.Module) -> None:
+    """He initialisation of a convolution, by its outputs; for `Module.apply`."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

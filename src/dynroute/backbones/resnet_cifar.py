@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dynroute.backbones.base import Backbone, BackboneOptions
+from dynroute.backbones.base import Backbone, BackboneOptions, initialise
 from dynroute.cost import conv_macs
 from dynroute.data import DataSpec
 from dynroute.units import BASIC, even_split
@@ -45,7 +45,7 @@ class CifarResNet(Backbone):
         self.fixed_macs = stem_macs + channels * data.classes
         # hidden channels of a cut block add up to those of the plain one, so all parts together are the dense net
         self.dense_macs = self.fixed_macs + sum(term.total for term in self.terms())
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def plain(self) -> dict[str, nn.Module]:
         """Stem and head under the names of the usual CIFAR ResNet files."""
@@ -55,8 +55,3 @@ class CifarResNet(Backbone):
     def renamed(self, name: str) -> str:
         """Some files call the classifier fc."""
         return name.replace("fc.", "linear.", 1) if name.startswith("fc.") else name
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

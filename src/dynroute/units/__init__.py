@@ -14,6 +14,7 @@ from dynroute.units.base import (
     Unit,
     Weights,
     WidthNorm,
+    channel_mask,
     even_split,
     folded_conv,
     make_shortcut,
@@ -22,16 +23,22 @@ from dynroute.units.base import (
     tensors,
 )
 from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic, contribution
+from dynroute.units.bottleneck import BOTTLENECK, GroupedBottleneck
+from dynroute.units.inverted import INVERTED, GroupedInverted
 
 FORMS = ("channels", "paths")
 
 __all__ = [
     "BASIC",
+    "BOTTLENECK",
     "FEW",
     "FORMS",
+    "INVERTED",
     "STATISTICS",
     "BasicUnit",
     "GroupedBasic",
+    "GroupedBottleneck",
+    "GroupedInverted",
     "PathBasic",
     "Reorder",
     "Residual",
@@ -39,6 +46,7 @@ __all__ = [
     "Unit",
     "Weights",
     "WidthNorm",
+    "channel_mask",
     "contribution",
     "even_split",
     "folded_conv",

@@ -11,7 +11,7 @@ Two contracts hold for every unit and are checked by `testing.check_unit`:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,11 +165,26 @@ def make_shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
+def channel_mask(keep_BG: Tensor, sizes: Sequence[int]) -> Tensor:
+    """keep_BG spread over the channels of its parts, to multiply feature maps with: (B, C, 1, 1). sizes: channels by part."""
+    sizes_G = torch.tensor(sizes, device=keep_BG.device)
+    return keep_BG.repeat_interleave(sizes_G, dim=1, output_size=sum(sizes))[:, :, None, None]
+
+
 def sliced_conv(conv: nn.Conv2d, outputs: slice, inputs: slice) -> nn.Conv2d:
-    """A smaller convolution (no groups) with the weights of the given output and input channels."""
-    weight = conv.weight.detach()[outputs, inputs]
+    """A smaller convolution with the weights of the given output and input channels.
+
+    Depthwise (as many groups as channels), each output reads its own input alone: both slices must be the same.
+    """
+    weight, groups = conv.weight.detach()[outputs], 1
+    if conv.groups == 1:
+        weight = weight[:, inputs]
+    else:
+        assert conv.groups == conv.in_channels == conv.out_channels, "groups of several channels cannot be sliced"
+        assert outputs == inputs, "a depthwise convolution reads the very channels that it writes"
+        groups = len(weight)
     sizes: dict[str, Any] = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
-    small = nn.Conv2d(weight.shape[1], weight.shape[0], bias=False, **sizes)
+    small = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], bias=False, groups=groups, **sizes)
     small.weight.data = weight.clone(memory_format=torch.preserve_format)
     return small
 

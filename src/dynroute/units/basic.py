@@ -19,6 +19,7 @@ from dynroute.units.base import (
     Unit,
     Weights,
     WidthNorm,
+    channel_mask,
     folded_conv,
     make_shortcut,
     sliced_conv,
@@ -113,9 +114,7 @@ class GroupedBasic(BasicUnit):
         if keep_BG is None:
             return F.relu(self.shortcut(x_BCHW) + self.bn2(self.conv2(u), None))
         keep_BG = keep_BG[:, : len(self.sizes)]
-        sizes = torch.tensor(self.sizes, device=keep_BG.device)
-        mask_BC = keep_BG.repeat_interleave(sizes, dim=1, output_size=sum(self.sizes))
-        u = u * mask_BC[:, :, None, None].to(u.dtype)
+        u = u * channel_mask(keep_BG, self.sizes).to(u.dtype)
         y = self.bn2(self.conv2(u), keep_BG.detach().sum(1).long())
         anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
         return F.relu(self.shortcut(x_BCHW) + y * anything_B111)

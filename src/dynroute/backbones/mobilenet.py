@@ -1,0 +1,89 @@
+"""MobileNetV2 (Sandler et al., 2018) at width 1.0."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dynroute.backbones.base import Backbone, BackboneOptions, initialise
+from dynroute.contracts import InputError
+from dynroute.cost import conv_macs
+from dynroute.data import DataSpec
+from dynroute.units import INVERTED, even_split
+
+EXPANSION = 6
+# stage, output channels, blocks, stride of the first: rows 3 to 8 of the paper's table 2; stages by resolution are ours
+ROWS = ((1, 24, 2, 2), (2, 32, 3, 2), (3, 64, 4, 2), (3, 96, 3, 1), (4, 160, 3, 2), (4, 320, 1, 1))
+STEM, FIRST, LAST = (
+    32,
+    16,
+    1280,
+)  # channels of the first convolution, of the block that does not expand, of the last one
+
+
+class MobileNetV2(Backbone):
+    """MobileNetV2 1.0: every inverted residual that expands is one unit, cut in its expanded channels; torchvision's weights.
+
+    The stem holds the first convolution and the first block, which has no expansion to cut; the head the last 1x1
+    convolution and the classifier.
+    """
+
+    def __init__(self, data: DataSpec, options: BackboneOptions) -> None:
+        super().__init__()
+        make = options.kind(INVERTED)
+        if options.width:
+            raise InputError(f"backbone.width: {options.name} comes in one width only, so leave it at 0")
+        narrowest = FIRST * EXPANSION
+        if options.parts > narrowest:
+            raise InputError(f"backbone.parts must not exceed {narrowest} for {options.name}, not {options.parts}")
+        self.stem = nn.Sequential(
+            nn.Conv2d(data.channels, STEM, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(STEM),
+            nn.ReLU6(),
+            nn.Conv2d(STEM, STEM, 3, 1, 1, groups=STEM, bias=False),
+            nn.BatchNorm2d(STEM),
+            nn.ReLU6(),
+            nn.Conv2d(STEM, FIRST, 1, bias=False),
+            nn.BatchNorm2d(FIRST),
+        )
+        size = (data.image_size + 1) // 2
+        stem_macs = (
+            conv_macs(size, 3, data.channels, STEM)
+            + conv_macs(size, 3, STEM, STEM, groups=STEM)
+            + conv_macs(size, 1, STEM, FIRST)
+        )
+        channels = FIRST
+        for stage, out, blocks, stride in ROWS:
+            for i in range(blocks):
+                name, sizes = f"features.{len(self.units) + 2}", even_split(channels * EXPANSION, options.parts)
+                first = 1 if i else stride
+                made = make(name, channels, out, first, sizes, in_size=size, stage=stage, stages=ROWS[-1][0])
+                self.units.append(made)
+                channels, size = out, made.out_size
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, LAST, 1, bias=False),
+            nn.BatchNorm2d(LAST),
+            nn.ReLU6(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(LAST, data.classes),
+        )
+        self.fixed_macs = stem_macs + conv_macs(size, 1, channels, LAST) + LAST * data.classes
+        self.dense_macs = self.fixed_macs + sum(term.total for term in self.terms())
+        self.apply(initialise)
+
+    def plain(self) -> dict[str, nn.Module]:
+        """Stem and head under torchvision's names."""
+        stem, head = list(self.stem.children()), list(self.head.children())
+        last = f"features.{len(self.units) + 2}"
+        return {
+            "features.0.0": stem[0],
+            "features.0.1": stem[1],
+            "features.1.conv.0.0": stem[3],
+            "features.1.conv.0.1": stem[4],
+            "features.1.conv.1": stem[6],
+            "features.1.conv.2": stem[7],
+            f"{last}.0": head[0],
+            f"{last}.1": head[1],
+            "classifier.1": head[6],
+        }

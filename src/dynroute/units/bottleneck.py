@@ -1,0 +1,153 @@
+"""Bottleneck blocks (1x1, 3x3, 1x1; He et al., 2016), cut into channel groups.
+
+B images, G parts, C channels, H W height and width.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynroute.contracts import UnitSpec
+from dynroute.cost import CostTerms, conv_macs
+from dynroute.units.base import (
+    Residual,
+    Unit,
+    Weights,
+    WidthNorm,
+    channel_mask,
+    make_shortcut,
+    sliced_conv,
+    sliced_norm,
+    tensors,
+)
+from dynroute.units.basic import contribution
+
+
+class GroupedBottleneck(Unit):
+    """Bottleneck whose hidden channels form G nested groups: keeping a groups computes the first a of both 1x1 and 3x3.
+
+    RNR incremental on ResNet-50; the paper gives no details, so the cut is ours: one choice of a narrows the outputs of
+    conv1, both sides of conv2 (which carries the stride, as torchvision's v1.5 does) and the inputs of conv3. Masks go
+    after BatchNorm and ReLU. bn1 sees the same at every width; bn2 and bn3 have statistics of their own for each.
+    sizes: channels of each group, before and after conv2. in_size: height (= width) of the input, for the MAC count.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        sizes: list[int],
+        in_size: int,
+        shortcut: str = "B",
+        stage: int = 1,
+        stages: int = 1,
+    ) -> None:
+        super().__init__()
+        hidden, widths = sum(sizes), len(sizes)
+        self.sizes, self.in_channels, self.out_channels = sizes, in_channels, out_channels
+        self.in_size, self.out_size = in_size, (in_size + stride - 1) // stride
+        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, bias=False)
+        self.bn2 = WidthNorm(hidden, widths)
+        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.bn3 = WidthNorm(out_channels, widths)
+        by_part = self.cost_terms().by_part_G
+        shares = tuple(macs / sum(by_part) for macs in by_part)
+        self.spec = UnitSpec(name, in_channels, widths, "nested", False, shares, stage, stages)
+
+    def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
+        """The masked run; keep_BG must be a prefix of ones."""
+        u = F.relu(self.bn1(self.conv1(x_BCHW)))
+        if keep_BG is None:
+            u = F.relu(self.bn2(self.conv2(u), None))
+            return F.relu(self.shortcut(x_BCHW) + self.bn3(self.conv3(u), None))
+        keep_BG = keep_BG[:, : len(self.sizes)]
+        mask_BC11 = channel_mask(keep_BG, self.sizes).to(u.dtype)
+        width_B = keep_BG.detach().sum(1).long()
+        u = F.relu(self.bn2(self.conv2(u * mask_BC11), width_B)) * mask_BC11
+        y = self.bn3(self.conv3(u), width_B)
+        anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
+        return F.relu(self.shortcut(x_BCHW) + y * anything_B111)
+
+    def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
+        """The block with only its first kept groups of both sets of hidden channels."""
+        kept = sum(keep)
+        if kept == 0:
+            return Residual(self.shortcut, None)
+        hidden, every = slice(0, sum(self.sizes[:kept])), slice(None)
+        return Residual(
+            self.shortcut,
+            nn.Sequential(
+                sliced_conv(self.conv1, hidden, every),
+                sliced_norm(self.bn1, hidden),
+                nn.ReLU(),
+                sliced_conv(self.conv2, hidden, hidden),
+                sliced_norm(self.bn2.at(kept), hidden),
+                nn.ReLU(),
+                sliced_conv(self.conv3, every, hidden),
+                self.bn3.at(kept),
+            ),
+        ).eval()
+
+    def cost_terms(self) -> CostTerms:
+        """What part g adds is cost(g + 1 parts) - cost(g parts); a projection shortcut always runs.
+
+        conv2 shrinks on both sides, so its cost is quadratic in the kept channels; the sums are exact nevertheless,
+        because keeps of nested parts are prefixes.
+        """
+        by_width = [self._macs(hidden) for hidden in accumulate(self.sizes, initial=0)]
+        projection = isinstance(self.shortcut, nn.Sequential)
+        always = conv_macs(self.out_size, 1, self.in_channels, self.out_channels) if projection else 0
+        return CostTerms(always, tuple(float(more - less) for less, more in pairwise(by_width)))
+
+    @torch.no_grad()
+    def load_dense(self, weights: Weights) -> None:
+        """Import the three convolutions, their BatchNorms and a projection shortcut. Both sets of hidden channels are ranked.
+
+        Each set by its own contribution to what reads it: conv1's outputs to conv2, conv2's to conv3. All widths start
+        with the same BatchNorms.
+        """
+        first, middle, last = (
+            weights.take(f"{name}.weight", *getattr(self, name).weight.shape) for name in ("conv1", "conv2", "conv3")
+        )
+        norm1, norm2 = (weights.statistics(name, sum(self.sizes)) for name in ("bn1", "bn2"))
+        order1 = contribution(middle, norm1["weight"], norm1["bias"]).argsort(descending=True, stable=True)
+        order2 = contribution(last, norm2["weight"], norm2["bias"]).argsort(descending=True, stable=True)
+        self.conv1.weight.copy_(first[order1])
+        self.conv2.weight.copy_(middle[order2][:, order1])
+        self.conv3.weight.copy_(last[:, order2])
+        for key in norm1:
+            getattr(self.bn1, key).copy_(norm1[key][order1])
+            getattr(self.bn2, key).copy_(norm2[key][order2])
+        for key, value in weights.statistics("bn3", self.out_channels).items():
+            getattr(self.bn3, key).copy_(value)
+        if isinstance(self.shortcut, nn.Sequential):
+            weights.copy(self.shortcut[0], "shortcut.0")
+            weights.copy(self.shortcut[1], "shortcut.1")
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The plain block at full width."""
+        widths = len(self.sizes)
+        layers = {"conv1": self.conv1, "bn1": self.bn1, "conv2": self.conv2, "bn2": self.bn2.at(widths)}
+        layers |= {"conv3": self.conv3, "bn3": self.bn3.at(widths)}
+        if isinstance(self.shortcut, nn.Sequential):
+            layers |= {"shortcut.0": self.shortcut[0], "shortcut.1": self.shortcut[1]}
+        return {f"{name}.{key}": v.detach() for name, layer in layers.items() for key, v in tensors(layer).items()}
+
+    def _macs(self, hidden: int) -> int:
+        """MACs of the three convolutions with so many hidden channels in each set."""
+        first = conv_macs(self.in_size, 1, self.in_channels, hidden)
+        return (
+            first + conv_macs(self.out_size, 3, hidden, hidden) + conv_macs(self.out_size, 1, hidden, self.out_channels)
+        )
+
+
+BOTTLENECK: dict[str, type[GroupedBottleneck]] = {"channels": GroupedBottleneck}

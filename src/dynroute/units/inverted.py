@@ -1,0 +1,131 @@
+"""Inverted residual blocks (1x1 up, depthwise 3x3, 1x1 down; Sandler et al., MobileNetV2, 2018), cut into channel groups.
+
+B images, G parts, C channels, H W height and width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynroute.contracts import UnitSpec
+from dynroute.cost import CostTerms, conv_macs
+from dynroute.units.base import Unit, Weights, WidthNorm, channel_mask, sliced_conv, sliced_norm, tensors
+from dynroute.units.basic import contribution
+
+
+class Plus(nn.Module):
+    """x + body(x), with no ReLU: what a narrowed inverted residual is made of."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """The unit's output for images of one pattern."""
+        return x_BCHW + self.body(x_BCHW)
+
+
+class GroupedInverted(Unit):
+    """Inverted residual whose expanded channels form G nested groups; keeping a groups computes the first a. Ours.
+
+    expand, BatchNorm, ReLU6, depthwise, BatchNorm, ReLU6, mask, project, BatchNorm by width; plus x where shapes agree.
+    The mask goes after the depthwise stage: its BatchNorm would turn zeros into non-zeros, and as it works channel by
+    channel it needs none before. For the same reason the first two BatchNorms see the same at every width.
+    sizes: expanded channels of each group. in_size: height (= width) of the input, for the MAC count.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        sizes: list[int],
+        in_size: int,
+        stage: int = 1,
+        stages: int = 1,
+    ) -> None:
+        super().__init__()
+        hidden = sum(sizes)
+        self.sizes, self.out_channels = sizes, out_channels
+        self.in_size, self.out_size = in_size, (in_size + stride - 1) // stride
+        self.residual = stride == 1 and in_channels == out_channels
+        self.expand = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.bn3 = WidthNorm(out_channels, len(sizes))
+        shares = tuple(size / hidden for size in sizes)
+        self.spec = UnitSpec(name, in_channels, len(sizes), "nested", False, shares, stage, stages)
+
+    def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
+        """The masked run; keep_BG must be a prefix of ones, and without a residual sum not empty."""
+        u = F.relu6(self.bn1(self.expand(x_BCHW)))
+        u = F.relu6(self.bn2(self.depthwise(u)))
+        if keep_BG is None:
+            y = self.bn3(self.project(u), None)
+            return x_BCHW + y if self.residual else y
+        keep_BG = keep_BG[:, : len(self.sizes)]
+        u = u * channel_mask(keep_BG, self.sizes).to(u.dtype)
+        y = self.bn3(self.project(u), keep_BG.detach().sum(1).long())
+        if not self.residual:
+            return y
+        anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
+        return x_BCHW + y * anything_B111
+
+    def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
+        """The block with only its first kept groups of expanded channels."""
+        kept = sum(keep)
+        if kept == 0:
+            assert self.residual, "without a shortcut something must run"
+            return nn.Identity()
+        hidden, every = slice(0, sum(self.sizes[:kept])), slice(None)
+        body = nn.Sequential(
+            sliced_conv(self.expand, hidden, every),
+            sliced_norm(self.bn1, hidden),
+            nn.ReLU6(),
+            sliced_conv(self.depthwise, hidden, hidden),
+            sliced_norm(self.bn2, hidden),
+            nn.ReLU6(),
+            sliced_conv(self.project, every, hidden),
+            self.bn3.at(kept),
+        )
+        return (Plus(body) if self.residual else body).eval()
+
+    def cost_terms(self) -> CostTerms:
+        """All three convolutions shrink with the expanded channels."""
+        one = (
+            conv_macs(self.in_size, 1, self.spec.in_channels, 1)
+            + conv_macs(self.out_size, 3, 1, 1)
+            + conv_macs(self.out_size, 1, 1, self.out_channels)
+        )
+        return CostTerms(0, tuple(float(size * one) for size in self.sizes))
+
+    @torch.no_grad()
+    def load_dense(self, weights: Weights) -> None:
+        """Import the block under torchvision's names; expanded channels are ranked by their contribution to the projection.
+
+        `contribution` knows ReLU, not ReLU6: the clipping at 6 is left out, close enough for a ranking.
+        """
+        last = weights.take("conv.2.weight", *self.project.weight.shape)
+        norm = weights.statistics("conv.1.1", sum(self.sizes))
+        order = contribution(last, norm["weight"], norm["bias"]).argsort(descending=True, stable=True)
+        self.project.weight.copy_(last[:, order])
+        layers = {"conv.0.0": self.expand, "conv.0.1": self.bn1, "conv.1.0": self.depthwise, "conv.1.1": self.bn2}
+        for name, layer in layers.items():
+            for key, target in tensors(layer).items():
+                target.copy_(weights.take(f"{name}.{key}", *target.shape)[order])
+        for key, value in weights.statistics("conv.3", self.out_channels).items():
+            getattr(self.bn3, key).copy_(value)
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The plain block at full width, under torchvision's names."""
+        layers = {"conv.0.0": self.expand, "conv.0.1": self.bn1, "conv.1.0": self.depthwise, "conv.1.1": self.bn2}
+        layers |= {"conv.2": self.project, "conv.3": self.bn3.at(len(self.sizes))}
+        return {f"{name}.{key}": v.detach() for name, layer in layers.items() for key, v in tensors(layer).items()}
+
+
+INVERTED: dict[str, type[GroupedInverted]] = {"channels": GroupedInverted}

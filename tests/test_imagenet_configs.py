@@ -1,0 +1,73 @@
+"""The ImageNet configurations: each starts on a folder of a few small JPEGs and can reach its target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dynroute.backbones import BACKBONES
+from dynroute.cli import main
+from dynroute.config import load_config
+from dynroute.net import RoutedNet
+from dynroute.records import read_rows
+from tiny import make_backbone, make_router
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments" / "imagenet"
+SHORT = [f"router.{key}=1" for key in ("widths_epochs", "rounds", "agent_epochs")]
+SMALL = ["data.image_size=64", "optim.batch_size=2", "optim.amp=none", "device=cpu", "threads=1"]
+NO_VGG = "the backbone vgg16 is not there yet"
+
+
+@pytest.fixture(scope="session")
+def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder laid out as ImageNet's: six training images, one of which goes to calibration, and four others."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for split, count in (("train", 3), ("val", 2)):
+        for wnid in ("n01440764", "n01443537"):
+            (root / split / wnid).mkdir(parents=True)
+            for i in range(count):
+                image = Image.effect_noise((90 + i, 80), 60).convert("RGB")
+                image.save(root / split / wnid / f"{wnid}_{i}.JPEG", format="JPEG")
+    return root
+
+
+def start(name: str, jpegs: Path, out: Path, *words: str) -> list[str]:
+    """Train a configuration in its phases, an epoch of two steps each; the phases of train.csv."""
+    words = (*SHORT, *SMALL, f"data.path={jpegs}", *words)
+    assert main(["train", "-c", str(EXPERIMENTS / f"{name}.yaml"), *words, "--out", str(out)]) == 0
+    return [row["phase"] for row in read_rows(out / "train.csv")]
+
+
+def test_rnr_starts_on_resnet50(jpegs: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "dense.pt"
+    torch.save(make_backbone("resnet50", width=8, classes=2).dense_state(), weights)
+    words = ("backbone.width=8", f"backbone.weights={weights}", "router.joint_epochs=1")
+    assert start("rnr_resnet50", jpegs, tmp_path / "run", *words) == ["widths", "agent1", "joint"]
+
+
+RNP = sorted(path.stem for path in EXPERIMENTS.glob("rnp_vgg16_*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", pytest.param("vgg16", marks=pytest.mark.skipif("vgg16" not in BACKBONES, reason=NO_VGG))]
+)
+def test_rnp_starts(backbone: str, jpegs: Path, tmp_path: Path) -> None:
+    words = (f"backbone.name={backbone}", "backbone.width=8", "backbone.weights=null", "router.cnn_epochs=1")
+    assert start(RNP[0], jpegs, tmp_path / "run", *words) == ["widths", "agent1", "cnn1"]
+
+
+@pytest.mark.skipif("vgg16" not in BACKBONES, reason=NO_VGG)
+@pytest.mark.parametrize("name", RNP)
+def test_rnp_configurations_differ_in_penalty_and_groups_and_reach_their_target(name: str) -> None:
+    config, first = load_config(EXPERIMENTS / f"{name}.yaml"), load_config(EXPERIMENTS / f"{RNP[0]}.yaml")
+    same = replace(config.router, charge=first.router.charge)
+    assert (same, config.optim, config.data) == (first.router, first.optim, first.data)
+    with torch.device("meta"):
+        backbone = make_backbone("vgg16", parts=config.backbone.parts, width=0, size=224, classes=1000)
+    cheapest, _ = RoutedNet(backbone, make_router("static", backbone.specs)).span()
+    speed_up = int(name.removeprefix("rnp_vgg16_").removesuffix("x"))
+    assert cheapest < 0.95 / speed_up
