@@ -29,7 +29,7 @@ def test_backbones_keep_their_contract(name: str, unit: str, shortcut: str) -> N
 
 
 @pytest.mark.parametrize("unit", BASIC)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("resnet")])
 def test_every_row_is_built_and_counted(name: str, unit: str) -> None:
     backbone = make_backbone(name, unit)
     blocks = (int(name.removeprefix("resnet")) - 2) // 2

@@ -32,7 +32,7 @@ def build(config: Config, spec: DataSpec) -> RoutedNet:
     backbone = plugins.find("backbone", config.backbone.name)(spec, config.backbone)
     if config.backbone.weights:
         path = Path(config.backbone.weights)
-        backbone.load_dense(dense_state(path / LAST if path.is_dir() else path))
+        backbone.load_dense(dense_state(path / LAST if path.is_dir() else path), config.backbone.rank)
     router = config.method.router(backbone.specs, config.router, spec.superclasses)
     return RoutedNet(backbone, router).to(memory_format=torch.channels_last)
 

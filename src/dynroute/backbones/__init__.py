@@ -7,6 +7,7 @@ from functools import partial
 
 from dynroute.backbones.base import Backbone, BackboneOptions
 from dynroute.backbones.resnet_cifar import CifarResNet
+from dynroute.backbones.vgg import Chain, conv4, vgg16, vgg16_cifar
 from dynroute.data import DataSpec
 
 MakeBackbone = Callable[[DataSpec, BackboneOptions], Backbone]  # options resolved
@@ -14,5 +15,13 @@ MakeBackbone = Callable[[DataSpec, BackboneOptions], Backbone]  # options resolv
 BACKBONES: dict[str, MakeBackbone] = {
     f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)
 }
+BACKBONES |= {
+    "conv4": conv4,
+    "conv4_bn": partial(conv4, norm=True),
+    "vgg16_cifar": vgg16_cifar,
+    "vgg16_bn_cifar": partial(vgg16_cifar, norm=True),
+    "vgg16": vgg16,
+    "vgg16_bn": partial(vgg16, norm=True),
+}
 
-__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "CifarResNet", "MakeBackbone"]
+__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "Chain", "CifarResNet", "MakeBackbone"]

@@ -21,7 +21,9 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
-from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic, contribution
+from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic
+from dynroute.units.chain import ConvUnit
+from dynroute.units.ranking import RANKS, contribution, kernel_norm, usefulness
 
 FORMS = ("channels", "paths")
 
@@ -29,8 +31,10 @@ __all__ = [
     "BASIC",
     "FEW",
     "FORMS",
+    "RANKS",
     "STATISTICS",
     "BasicUnit",
+    "ConvUnit",
     "GroupedBasic",
     "PathBasic",
     "Reorder",
@@ -42,8 +46,10 @@ __all__ = [
     "contribution",
     "even_split",
     "folded_conv",
+    "kernel_norm",
     "make_shortcut",
     "sliced_conv",
     "sliced_norm",
     "tensors",
+    "usefulness",
 ]

@@ -25,6 +25,7 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
+from dynroute.units.ranking import usefulness
 
 
 class BasicUnit(Unit):
@@ -68,12 +69,16 @@ class BasicUnit(Unit):
 
     @torch.no_grad()
     def load_dense(self, weights: Weights) -> None:
-        """Import conv1, bn1, conv2, bn2 and a projection shortcut; hidden channels are put into the order of `ranked`."""
+        """Import conv1, bn1, conv2, bn2 and a projection shortcut; hidden channels are put into the order of `ranked`.
+
+        With backbone.rank=none they stay as they are.
+        """
         hidden = sum(self.sizes)
         first = weights.take("conv1.weight", *self.conv1.weight.shape)
         last = weights.take("conv2.weight", self.out_channels, hidden, 3, 3)
         norm = weights.statistics("bn1", hidden)
-        order = self.ranked(contribution(last, norm["weight"], norm["bias"]))
+        score_C = usefulness(weights.rank, first, last, norm)
+        order = torch.arange(hidden, device=first.device) if score_C is None else self.ranked(score_C)
         self.conv1.weight.copy_(first[order])
         for key, value in norm.items():
             getattr(self.bn1, key).copy_(value[order])
@@ -205,20 +210,6 @@ class PathBasic(BasicUnit):
             conv.weight.copy_(weight)  # type: ignore[operator]
             for key, value in bn2.items():
                 getattr(norm, key).copy_(value / len(self.sizes) if key in ("bias", "running_mean") else value)
-
-
-def contribution(conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """How much each hidden channel adds to a block's output: E[u^2] * |w_next|^2, shape (hidden,). Ours.
-
-    u = ReLU(z) with z ~ N(beta, gamma^2) after BatchNorm, so E[u^2] is known without data. The papers rank by the norm
-    of the kernel (conv1), which says nothing once a BatchNorm rescales it.
-    """
-    sigma = gamma.abs().clamp(min=1e-12)
-    ratio = beta / sigma
-    normal = torch.distributions.Normal(0.0, 1.0)
-    density, mass = normal.log_prob(ratio).exp(), normal.cdf(ratio)
-    second_moment = (beta.square() + sigma.square()) * mass + beta * sigma * density
-    return second_moment * conv2.square().sum((0, 2, 3))
 
 
 BASIC: dict[str, type[BasicUnit]] = {"channels": GroupedBasic, "paths": PathBasic}
