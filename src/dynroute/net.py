@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from dynroute.backbones import Backbone
 from dynroute.contracts import Output, Trace, UnitSpec
 from dynroute.cost import NetCost
 from dynroute.routers import Router, legal, stacked
+from dynroute.units import Unit
 
 
 class RoutedNet(nn.Module):
@@ -30,10 +33,10 @@ class RoutedNet(nn.Module):
         state = self.router.begin(x_BCHW)
         x_BCHW = self.backbone.stem(x_BCHW)
         decisions = []
-        for u, unit in enumerate(self.backbone.units):
+        for u, unit in enumerate(self.backbone.routable):
             decision, state = self.router.decide(u, x_BCHW, state)
-            x_BCHW = unit(x_BCHW, decision.keep_BG)
             decisions.append(decision)
+            x_BCHW = masked(unit, x_BCHW, decision.keep_BG, [d.keep_BG for d in decisions])
         trace = stack([d.keep_BG for d in decisions], [d.notes for d in decisions])
         return Output(self.backbone.head(x_BCHW).float(), trace, self.cost(trace.keep_BUG))
 
@@ -50,9 +53,15 @@ class RoutedNet(nn.Module):
     def _given(self, x_BCHW: Tensor, keep_BUG: Tensor) -> Output:
         keep_BUG = keep_BUG.to(x_BCHW.device)
         x_BCHW = self.backbone.stem(x_BCHW)
-        for u, unit in enumerate(self.backbone.units):
-            x_BCHW = unit(x_BCHW, keep_BUG[:, u])
+        for u, unit in enumerate(self.backbone.routable):
+            x_BCHW = masked(unit, x_BCHW, keep_BUG[:, u], keep_BUG.unbind(1))
         return Output(self.backbone.head(x_BCHW).float(), Trace(keep_BUG, {}), self.cost(keep_BUG))
+
+
+def masked(unit: Unit, x_BCHW: Tensor, keep_BG: Tensor, keeps: Sequence[Tensor]) -> Tensor:
+    """One unit's masked run. keeps: the keep_BG of each unit so far, of which a unit that reads another gets that one's."""
+    out_BCHW: Tensor = unit(x_BCHW, keep_BG) if unit.reads is None else unit(x_BCHW, keep_BG, keeps[unit.reads])
+    return out_BCHW
 
 
 def stack(keeps: list[Tensor], notes: list[dict[str, Tensor]]) -> Trace:

@@ -49,10 +49,10 @@ def _start(backbone: Backbone, options: BackboneOptions) -> None:
     if isinstance(content, dict) and "format" in content:
         source, config, _ = restore(path)
         dense = config.router_name == "static" and config.router.width == 1.0
-        if not dense and dataclasses.replace(config.backbone, weights=options.weights) == options:
+        if not dense and dataclasses.replace(config.backbone, weights=options.weights, rank=options.rank) == options:
             load_weights(backbone, source.backbone.state_dict(), path)
             return
-    backbone.load_dense(dense_state(path))
+    backbone.load_dense(dense_state(path), options.rank)
 
 
 def _checkpoint(path: Path) -> Path:

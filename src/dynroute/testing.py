@@ -8,7 +8,7 @@ B images, U units, G parts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynroute.backbones import Backbone
 from dynroute.contracts import UnitSpec
+from dynroute.cost import CostTerms
 from dynroute.data import Dataset, loader
-from dynroute.net import RoutedNet
+from dynroute.net import RoutedNet, masked
 from dynroute.routers import Router, legal
 from dynroute.skipping import FastNet
 from dynroute.units import Unit
@@ -43,10 +44,11 @@ def count_macs(module: Any, *inputs: Tensor) -> int:
 
 
 @torch.no_grad()
-def check_unit(unit: Unit, size: int, keep_in: Sequence[tuple[bool, ...] | None] = (None,)) -> None:
+def check_unit(unit: Unit, size: int, keep_in: Mapping[tuple[bool, ...], Tensor] | None = None) -> None:
     """Masked run == narrowed run, cost == what the narrowed run executes, nothing kept == the pure shortcut.
 
-    size: height and width of the unit's input. keep_in: patterns of the unit it reads, if it reads one.
+    size: height and width of the unit's input. keep_in: for a unit that reads another, patterns of that one, each with
+    feature maps as they arrive under it (channels that are not there are zeros).
     """
     shake(unit)
     unit.eval()
@@ -54,17 +56,17 @@ def check_unit(unit: Unit, size: int, keep_in: Sequence[tuple[bool, ...] | None]
     assert spec.parts == len(terms.by_part_G) == len(spec.part_shares), f"{spec.name}: parts disagree"
     x_BCHW = torch.randn(3, spec.in_channels, size, size)
     dense = unit(x_BCHW)
-    everything = torch.ones(3, spec.parts)
+    everything = [torch.ones(3, spec.parts), *(torch.ones(3, len(above)) for above in list(keep_in or ())[:1])]
     if spec.form != "choice":
-        assert close(unit(x_BCHW, everything), dense), f"{spec.name}: keeping all parts is not the dense run"
-    for keep, above in itertools.product(patterns(spec), keep_in):
+        assert close(unit(x_BCHW, *everything), dense), f"{spec.name}: keeping all parts is not the dense run"
+    arriving: Mapping[Any, Tensor] = keep_in or {None: x_BCHW}
+    for keep, (above, x_BCHW) in itertools.product(patterns(spec), arriving.items()):
         small = unit.narrow(keep, above)
-        masked = unit(x_BCHW, torch.tensor([keep] * 3, dtype=torch.float32))
-        assert close(small(x_BCHW), masked), f"{spec.name}: masked and narrowed run disagree for {keep}"
-        if above is None:
-            counted = count_macs(small, x_BCHW[:1])
-            told = terms.always + sum(m for m, k in zip(terms.by_part_G, keep, strict=True) if k)
-            assert counted == told, f"{spec.name}: cost says {told:.0f} MACs for {keep}, the run does {counted}"
+        keeps = [torch.tensor([bits] * len(x_BCHW), dtype=torch.float32) for bits in (keep, above) if bits is not None]
+        given = f"{keep}" if above is None else f"{keep} reading {above}"
+        assert close(small(x_BCHW), unit(x_BCHW, *keeps)), f"{spec.name}: masked and narrowed run disagree for {given}"
+        counted, told = count_macs(small, x_BCHW[:1]), _told(terms, keep, above)
+        assert counted == told, f"{spec.name}: cost says {told:.0f} MACs for {given}, the run does {counted}"
 
 
 @torch.no_grad()
@@ -74,8 +76,8 @@ def check_backbone(backbone: Backbone, image_size: int) -> None:
     shake(backbone)
     backbone.eval()
     x = backbone.stem(x_BCHW)
-    for unit in backbone.routable:
-        check_unit(unit, x.shape[-1])
+    for u, unit in enumerate(backbone.routable):
+        check_unit(unit, x.shape[-1], _arriving(backbone, u, x_BCHW))
         x = unit(x)
     assert backbone.head(x).dim() == 2, "the head must return logits_BK"
     net = RoutedNet(backbone, _Given(backbone.specs))
@@ -175,6 +177,29 @@ def shake(module: nn.Module) -> None:
                 value.copy_(torch.rand_like(value) + 0.5 if name == "running_var" else 0.3 * torch.randn_like(value))
         if hasattr(owner, "running_mean") and getattr(owner, "weight", None) is not None:
             owner.weight.copy_(torch.rand_like(owner.weight) + 0.5)  # type: ignore[arg-type, operator]
+
+
+def _told(terms: CostTerms, keep: tuple[bool, ...], above: tuple[bool, ...] | None) -> float:
+    """A unit's MACs for one pattern of its own and one of the unit it reads; None: all of that."""
+    own = terms.always + sum(m for m, k in zip(terms.by_part_G, keep, strict=True) if k)
+    rows = [row for h, row in enumerate(terms.by_pair_HG or ()) if above is None or above[h]]
+    return own + sum(m for row in rows for m, k in zip(row, keep, strict=True) if k)
+
+
+def _arriving(backbone: Backbone, u: int, x_BCHW: Tensor) -> dict[tuple[bool, ...], Tensor] | None:
+    """What enters unit u under each pattern of the unit it reads, the other units' routes being random."""
+    units, reads = backbone.routable[:u], backbone.routable[u].reads
+    if reads is None:
+        return None
+    out = {}
+    for above in patterns(units[reads].spec):
+        keeps = list(random_routes(backbone.specs, len(x_BCHW)).unbind(1))
+        keeps[reads][:, : len(above)] = torch.tensor(above, dtype=torch.float32)
+        y_BCHW = backbone.stem(x_BCHW)
+        for unit, keep_BG in zip(units, keeps, strict=False):
+            y_BCHW = masked(unit, y_BCHW, keep_BG, keeps)
+        out[above] = y_BCHW
+    return out
 
 
 def _check_legal(keep_BG: Tensor, spec: UnitSpec) -> None:

@@ -9,6 +9,7 @@ from dynroute.backbones.base import Backbone, BackboneOptions
 from dynroute.backbones.mobilenet import MobileNetV2
 from dynroute.backbones.resnet import LAYOUTS, ResNet
 from dynroute.backbones.resnet_cifar import CifarResNet
+from dynroute.backbones.vgg import Chain, conv4, vgg16, vgg16_cifar
 from dynroute.data import DataSpec
 
 MakeBackbone = Callable[[DataSpec, BackboneOptions], Backbone]  # options resolved
@@ -18,5 +19,13 @@ BACKBONES: dict[str, MakeBackbone] = {
 }
 BACKBONES |= {f"resnet{depth}": partial(ResNet, depth) for depth in LAYOUTS}
 BACKBONES["mobilenet_v2"] = MobileNetV2
+BACKBONES |= {
+    "conv4": conv4,
+    "conv4_bn": partial(conv4, norm=True),
+    "vgg16_cifar": vgg16_cifar,
+    "vgg16_bn_cifar": partial(vgg16_cifar, norm=True),
+    "vgg16": vgg16,
+    "vgg16_bn": partial(vgg16, norm=True),
+}
 
-__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "CifarResNet", "MakeBackbone", "MobileNetV2", "ResNet"]
+__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "Chain", "CifarResNet", "MakeBackbone", "MobileNetV2", "ResNet"]

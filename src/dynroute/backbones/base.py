@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
-from dynroute.units import FORMS, Unit, Weights, tensors
+from dynroute.units import FORMS, RANKS, Unit, Weights, tensors
 
 Kind = TypeVar("Kind")
 USUAL_PARTS = {"channels": 4, "paths": 2}
@@ -34,12 +34,18 @@ class BackboneOptions:
     shortcut: str = "A"
     """Shortcut where shapes change: A (subsample and zero-pad, no cost) or B (1x1 projection); ImageNet ResNets have B."""
 
+    rank: str = "auto"
+    """Order of channels when weights are imported, best first: norm (of kernels; RNP's authors), contribution (ours, needs
+    a BatchNorm), none (as given), auto (contribution where a BatchNorm follows, else norm)."""
+
     def __post_init__(self) -> None:
         """Raise InputError on the first value out of range."""
         if self.unit != "auto" and self.unit not in FORMS:
             raise InputError(f"backbone.unit must be auto, {' or '.join(FORMS)}, not {self.unit!r}")
         if self.shortcut not in ("A", "B"):
             raise InputError(f"backbone.shortcut must be A or B, not {self.shortcut!r}")
+        if self.rank not in RANKS:
+            raise InputError(f"backbone.rank must be one of {', '.join(RANKS)}, not {self.rank!r}")
         if not 0 <= self.width <= 4096:
             raise InputError(f"backbone.width must lie between 0 and 4096, not {self.width}")
         if not 0 <= self.parts <= 4096:
@@ -105,11 +111,14 @@ class Backbone(nn.Module):
         return name
 
     @torch.no_grad()
-    def load_dense(self, state: dict[str, Tensor]) -> None:
-        """Take over the weights of the plain dense net. Raises InputError where names or shapes do not fit."""
+    def load_dense(self, state: dict[str, Tensor], rank: str = "auto") -> None:
+        """Take over the weights of the plain dense net, channels in the order of rank (one of RANKS).
+
+        Raises InputError where names or shapes do not fit.
+        """
         layers = self.plain()
         known = {k.removeprefix("module."): v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-        weights = Weights({self.renamed(k): v for k, v in known.items()})
+        weights = Weights({self.renamed(k): v for k, v in known.items()}, rank=rank)
         for name, layer in layers.items():
             weights.copy(layer, name)
         for unit in self.routable:

@@ -22,9 +22,11 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
-from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic, contribution
+from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic
 from dynroute.units.bottleneck import BOTTLENECK, GroupedBottleneck
+from dynroute.units.chain import ConvUnit
 from dynroute.units.inverted import INVERTED, GroupedInverted
+from dynroute.units.ranking import RANKS, best_first, contribution, kernel_norm
 
 FORMS = ("channels", "paths")
 
@@ -34,8 +36,10 @@ __all__ = [
     "FEW",
     "FORMS",
     "INVERTED",
+    "RANKS",
     "STATISTICS",
     "BasicUnit",
+    "ConvUnit",
     "GroupedBasic",
     "GroupedBottleneck",
     "GroupedInverted",
@@ -46,10 +50,12 @@ __all__ = [
     "Unit",
     "Weights",
     "WidthNorm",
+    "best_first",
     "channel_mask",
     "contribution",
     "even_split",
     "folded_conv",
+    "kernel_norm",
     "make_shortcut",
     "sliced_conv",
     "sliced_norm",

@@ -28,7 +28,8 @@ FEW = 8  # images of one width in a minibatch below which its batch statistics a
 class Unit(nn.Module):
     """What a backbone exposes. Subclasses set `spec` and `reads` and write the three methods.
 
-    reads: the earlier unit whose kept parts are this one's only non-zero input (VGG chains); None elsewhere.
+    reads: the earlier unit whose kept parts are this one's only non-zero input (chains such as VGG); None elsewhere. A unit
+    that reads another is called with a third argument, above_BG: the keep of the unit it reads. None: all of it.
     """
 
     spec: UnitSpec
@@ -172,7 +173,7 @@ def channel_mask(keep_BG: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def sliced_conv(conv: nn.Conv2d, outputs: slice, inputs: slice) -> nn.Conv2d:
-    """A smaller convolution with the weights of the given output and input channels.
+    """A smaller convolution with the weights of the given output and input channels, bias included.
 
     Depthwise (as many groups as channels), each output reads its own input alone: both slices must be the same.
     """
@@ -184,8 +185,10 @@ def sliced_conv(conv: nn.Conv2d, outputs: slice, inputs: slice) -> nn.Conv2d:
         assert outputs == inputs, "a depthwise convolution reads the very channels that it writes"
         groups = len(weight)
     sizes: dict[str, Any] = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
-    small = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], bias=False, groups=groups, **sizes)
+    small = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], bias=conv.bias is not None, groups=groups, **sizes)
     small.weight.data = weight.clone(memory_format=torch.preserve_format)
+    if conv.bias is not None and small.bias is not None:
+        small.bias.data = conv.bias.detach()[outputs].clone()
     return small
 
 
@@ -212,16 +215,18 @@ def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 class Weights:
     """The tensors of a plain dense net, each taken once and checked; what is left over is an error too.
 
-    under(prefix) looks at one block with the same bookkeeping.
+    under(prefix) looks at one block with the same bookkeeping. rank: how units order their channels, one of RANKS.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], prefix: str = "", left: set[str] | None = None) -> None:
-        self.state, self.prefix = state, prefix
+    def __init__(
+        self, state: Mapping[str, Tensor], prefix: str = "", left: set[str] | None = None, rank: str = "auto"
+    ) -> None:
+        self.state, self.prefix, self.rank = state, prefix, rank
         self.left = set(state) if left is None else left
 
     def under(self, prefix: str) -> Weights:
         """The same weights, seen from a block."""
-        return Weights(self.state, f"{self.prefix}{prefix}.", self.left)
+        return Weights(self.state, f"{self.prefix}{prefix}.", self.left, self.rank)
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.state

@@ -26,6 +26,7 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
+from dynroute.units.ranking import best_first
 
 
 class BasicUnit(Unit):
@@ -69,12 +70,14 @@ class BasicUnit(Unit):
 
     @torch.no_grad()
     def load_dense(self, weights: Weights) -> None:
-        """Import conv1, bn1, conv2, bn2 and a projection shortcut; hidden channels are put into the order of `ranked`."""
+        """Import conv1, bn1, conv2, bn2 and a projection shortcut; hidden channels are ranked by backbone.rank."""
         hidden = sum(self.sizes)
         first = weights.take("conv1.weight", *self.conv1.weight.shape)
         last = weights.take("conv2.weight", self.out_channels, hidden, 3, 3)
         norm = weights.statistics("bn1", hidden)
-        order = self.ranked(contribution(last, norm["weight"], norm["bias"]))
+        order = best_first(weights.rank, first, last, norm)
+        if weights.rank != "none":
+            order = self.dealt(order)
         self.conv1.weight.copy_(first[order])
         for key, value in norm.items():
             getattr(self.bn1, key).copy_(value[order])
@@ -83,9 +86,9 @@ class BasicUnit(Unit):
             weights.copy(self.shortcut[1], "shortcut.1")
         self.load_last(last[:, order], weights.statistics("bn2", self.out_channels))
 
-    def ranked(self, score_C: Tensor) -> Tensor:
-        """Order of the hidden channels: the most useful first, so that a prefix holds the best ones."""
-        return score_C.argsort(descending=True, stable=True)
+    def dealt(self, order: Tensor) -> Tensor:
+        """The order in which the parts take the channels, best first: the first part the best ones."""
+        return order
 
     def load_last(self, conv2: Tensor, bn2: dict[str, Tensor]) -> None:
         """Take over the second convolution, its inputs already in order, and its BatchNorm."""
@@ -205,9 +208,8 @@ class PathBasic(BasicUnit):
         last.bias.data = torch.stack([bias for _, bias in folded]).sum(0)
         return Residual(self.shortcut, nn.Sequential(first, norm, nn.ReLU(), last)).eval()
 
-    def ranked(self, score_C: Tensor) -> Tensor:
+    def dealt(self, order: Tensor) -> Tensor:
         """Sub-blocks get every N-th rank, so that they start equally good."""
-        order = super().ranked(score_C)
         return torch.cat([order[g :: len(self.sizes)] for g in range(len(self.sizes))])
 
     def load_last(self, conv2: Tensor, bn2: dict[str, Tensor]) -> None:
@@ -226,20 +228,6 @@ def common_width(keep_BG: Tensor) -> int | None:
     width_B = keep_BG.sum(1)
     width = int(width_B[0])
     return width if bool((width_B == width).all()) else None
-
-
-def contribution(conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """How much each hidden channel adds to a block's output: E[u^2] * |w_next|^2, shape (hidden,). Ours.
-
-    u = ReLU(z) with z ~ N(beta, gamma^2) after BatchNorm, so E[u^2] is known without data. The papers rank by the norm
-    of the kernel (conv1), which says nothing once a BatchNorm rescales it.
-    """
-    sigma = gamma.abs().clamp(min=1e-12)
-    ratio = beta / sigma
-    normal = torch.distributions.Normal(0.0, 1.0)
-    density, mass = normal.log_prob(ratio).exp(), normal.cdf(ratio)
-    second_moment = (beta.square() + sigma.square()) * mass + beta * sigma * density
-    return second_moment * conv2.square().sum((0, 2, 3))
 
 
 BASIC: dict[str, type[BasicUnit]] = {"channels": GroupedBasic, "paths": PathBasic}

@@ -24,7 +24,7 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
-from dynroute.units.basic import contribution
+from dynroute.units.ranking import best_first
 
 
 class GroupedBottleneck(Unit):
@@ -112,15 +112,15 @@ class GroupedBottleneck(Unit):
     def load_dense(self, weights: Weights) -> None:
         """Import the three convolutions, their BatchNorms and a projection shortcut. Both sets of hidden channels are ranked.
 
-        Each set by its own contribution to what reads it: conv1's outputs to conv2, conv2's to conv3. All widths start
+        Each set by its own use to what reads it: conv1's outputs to conv2, conv2's to conv3. All widths start
         with the same BatchNorms.
         """
         first, middle, last = (
             weights.take(f"{name}.weight", *getattr(self, name).weight.shape) for name in ("conv1", "conv2", "conv3")
         )
         norm1, norm2 = (weights.statistics(name, sum(self.sizes)) for name in ("bn1", "bn2"))
-        order1 = contribution(middle, norm1["weight"], norm1["bias"]).argsort(descending=True, stable=True)
-        order2 = contribution(last, norm2["weight"], norm2["bias"]).argsort(descending=True, stable=True)
+        order1 = best_first(weights.rank, first, middle, norm1)
+        order2 = best_first(weights.rank, middle, last, norm2)
         self.conv1.weight.copy_(first[order1])
         self.conv2.weight.copy_(middle[order2][:, order1])
         self.conv3.weight.copy_(last[:, order2])

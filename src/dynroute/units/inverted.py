@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import Unit, Weights, WidthNorm, channel_mask, sliced_conv, sliced_norm, tensors
-from dynroute.units.basic import contribution
+from dynroute.units.ranking import best_first
 
 
 class Plus(nn.Module):
@@ -106,13 +106,10 @@ class GroupedInverted(Unit):
 
     @torch.no_grad()
     def load_dense(self, weights: Weights) -> None:
-        """Import the block under torchvision's names; expanded channels are ranked by their contribution to the projection.
-
-        `contribution` knows ReLU, not ReLU6: the clipping at 6 is left out, close enough for a ranking.
-        """
+        """Import the block under torchvision's names; expanded channels are ranked by their use to the projection."""
         last = weights.take("conv.2.weight", *self.project.weight.shape)
         norm = weights.statistics("conv.1.1", sum(self.sizes))
-        order = contribution(last, norm["weight"], norm["bias"]).argsort(descending=True, stable=True)
+        order = best_first(weights.rank, weights.take("conv.0.0.weight", *self.expand.weight.shape), last, norm)
         self.project.weight.copy_(last[:, order])
         layers = {"conv.0.0": self.expand, "conv.0.1": self.bn1, "conv.1.0": self.depthwise, "conv.1.1": self.bn2}
         for name, layer in layers.items():
