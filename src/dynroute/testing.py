@@ -30,8 +30,7 @@ def patterns(spec: UnitSpec) -> Iterator[tuple[bool, ...]]:
     """Every legal keep of a unit."""
     for bits in itertools.product((True, False), repeat=spec.parts):
         keep = torch.tensor([bits], dtype=torch.float32)
-        one = spec.form != "choice" or sum(bits) == 1
-        if one and (spec.form == "choice" or torch.equal(legal(keep, spec), keep)):
+        if torch.equal(legal(keep, spec), keep):
             yield bits
 
 
@@ -54,9 +53,8 @@ def check_unit(unit: Unit, size: int, keep_in: Sequence[tuple[bool, ...] | None]
     assert spec.parts == len(terms.by_part_G) == len(spec.part_shares), f"{spec.name}: parts disagree"
     x_BCHW = torch.randn(3, spec.in_channels, size, size)
     dense = unit(x_BCHW)
-    everything = torch.ones(3, spec.parts)
-    if spec.form != "choice":
-        assert close(unit(x_BCHW, everything), dense), f"{spec.name}: keeping all parts is not the dense run"
+    everything = legal(torch.ones(3, spec.parts), spec)
+    assert close(unit(x_BCHW, everything), dense), f"{spec.name}: keeping all parts is not the dense run"
     for keep, above in itertools.product(patterns(spec), keep_in):
         small = unit.narrow(keep, above)
         masked = unit(x_BCHW, torch.tensor([keep] * 3, dtype=torch.float32))
@@ -112,7 +110,8 @@ def check_router(router: Router, size: int = 8, images: int = 16) -> None:
     costs = []
     for end in router.price_limits:  # low to high
         router.price = end
-        costs.append(sum(float(k.mean()) for k in run(every)))
+        keeps = zip(run(every), router.specs, strict=True)
+        costs.append(sum(float((keep @ torch.tensor(spec.part_shares)).mean()) for keep, spec in keeps))
     router.price = price
     assert costs[1] <= costs[0], "a higher price must mean a cheaper net"
 

@@ -14,6 +14,7 @@ from dynroute.units.base import (
     Unit,
     Weights,
     WidthNorm,
+    contribution,
     even_split,
     folded_conv,
     make_shortcut,
@@ -21,9 +22,10 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
-from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic, contribution
+from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic
+from dynroute.units.choice import ChoiceBasic, ChoiceBottleneck, ChoiceUnit, choice_sizes
 
-FORMS = ("channels", "paths")
+FORMS = ("channels", "paths", "choice")
 
 __all__ = [
     "BASIC",
@@ -31,6 +33,9 @@ __all__ = [
     "FORMS",
     "STATISTICS",
     "BasicUnit",
+    "ChoiceBasic",
+    "ChoiceBottleneck",
+    "ChoiceUnit",
     "GroupedBasic",
     "PathBasic",
     "Reorder",
@@ -39,6 +44,7 @@ __all__ = [
     "Unit",
     "Weights",
     "WidthNorm",
+    "choice_sizes",
     "contribution",
     "even_split",
     "folded_conv",

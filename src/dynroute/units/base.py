@@ -183,6 +183,20 @@ def even_split(channels: int, parts: int) -> list[int]:
     return [channels // parts + (g < channels % parts) for g in range(parts)]
 
 
+def contribution(conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """How much each hidden channel adds to a block's output: E[u^2] * |w_next|^2, shape (hidden,). Ours.
+
+    u = ReLU(z) with z ~ N(beta, gamma^2) after BatchNorm, so E[u^2] is known without data. The papers rank by the norm
+    of the kernel (conv1), which says nothing once a BatchNorm rescales it.
+    """
+    sigma = gamma.abs().clamp(min=1e-12)
+    ratio = beta / sigma
+    normal = torch.distributions.Normal(0.0, 1.0)
+    density, mass = normal.log_prob(ratio).exp(), normal.cdf(ratio)
+    second_moment = (beta.square() + sigma.square()) * mass + beta * sigma * density
+    return second_moment * conv2.square().sum((0, 2, 3))
+
+
 def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of one convolution that does conv, then norm, in eval mode."""
     assert norm.running_mean is not None and norm.running_var is not None

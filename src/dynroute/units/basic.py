@@ -19,12 +19,14 @@ from dynroute.units.base import (
     Unit,
     Weights,
     WidthNorm,
+    contribution,
     folded_conv,
     make_shortcut,
     sliced_conv,
     sliced_norm,
     tensors,
 )
+from dynroute.units.choice import ChoiceBasic
 
 
 class BasicUnit(Unit):
@@ -207,18 +209,8 @@ class PathBasic(BasicUnit):
                 getattr(norm, key).copy_(value / len(self.sizes) if key in ("bias", "running_mean") else value)
 
 
-def contribution(conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """How much each hidden channel adds to a block's output: E[u^2] * |w_next|^2, shape (hidden,). Ours.
-
-    u = ReLU(z) with z ~ N(beta, gamma^2) after BatchNorm, so E[u^2] is known without data. The papers rank by the norm
-    of the kernel (conv1), which says nothing once a BatchNorm rescales it.
-    """
-    sigma = gamma.abs().clamp(min=1e-12)
-    ratio = beta / sigma
-    normal = torch.distributions.Normal(0.0, 1.0)
-    density, mass = normal.log_prob(ratio).exp(), normal.cdf(ratio)
-    second_moment = (beta.square() + sigma.square()) * mass + beta * sigma * density
-    return second_moment * conv2.square().sum((0, 2, 3))
-
-
-BASIC: dict[str, type[BasicUnit]] = {"channels": GroupedBasic, "paths": PathBasic}
+BASIC: dict[str, type[BasicUnit] | type[ChoiceBasic]] = {
+    "channels": GroupedBasic,
+    "paths": PathBasic,
+    "choice": ChoiceBasic,
+}
