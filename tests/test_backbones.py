@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dynroute.backbones import Backbone, BackboneOptions
 from dynroute.contracts import InputError
 from dynroute.cost import NetCost
+from dynroute.routers import legal, stacked
 from dynroute.testing import check_backbone, close, count_macs, shake
 from dynroute.units import BASIC, contribution
 from tiny import make_backbone, pictures
@@ -37,7 +38,8 @@ def test_every_row_is_built_and_counted(name: str, unit: str) -> None:
     assert [s.stage for s in backbone.specs] == sorted([1, 2, 3] * (blocks // 3))
     terms, reads = backbone.terms(), [None] * blocks
     cost = NetCost(terms, reads, backbone.fixed_macs, 0, backbone.dense_macs)
-    assert float(cost(torch.ones(1, blocks, backbone.specs[0].parts))) == backbone.dense_macs
+    everything = stacked([legal(torch.ones(1, spec.parts), spec) for spec in backbone.specs])
+    assert float(cost(everything)) == backbone.dense_macs
 
 
 def test_the_dense_masked_run_executes_dense_macs() -> None:
@@ -127,10 +129,10 @@ def plain(**kwargs: Any) -> PlainResNet:
 
 @torch.no_grad()
 def logits(backbone: Backbone, x: Tensor, kept: float | None = None) -> Tensor:
-    """Logits of a backbone: dense, or with every keep set to a number."""
+    """Logits of a backbone: dense, or with every keep set to a number and made legal."""
     x = backbone.eval().stem(x)
     for unit in backbone.routable:
-        x = unit(x, None if kept is None else torch.full((len(x), unit.spec.parts), kept))
+        x = unit(x, None if kept is None else legal(torch.full((len(x), unit.spec.parts), kept), unit.spec))
     return backbone.head(x)
 
 

@@ -14,7 +14,7 @@ from dynroute.cost import CostTerms
 from dynroute.net import RoutedNet, stack
 from dynroute.routers.static import StaticOptions, StaticRouter
 from dynroute.testing import check_agreement, random_routes
-from dynroute.units import Unit
+from dynroute.units import FORMS, Unit
 from tiny import PAIRS, make_backbone, make_net, make_router, pictures
 
 
@@ -45,7 +45,7 @@ def test_given_routes_replay_decided_ones(name: str, unit: str) -> None:
     assert torch.equal(given.macs_B, decided.macs_B)
 
 
-@pytest.mark.parametrize("unit", ["channels", "paths"])
+@pytest.mark.parametrize("unit", FORMS)
 def test_everything_on_is_the_dense_net(unit: str) -> None:
     net, x = make_net("static", unit), pictures(5)
     out = net(x, net.dense_routes(5))
@@ -65,8 +65,8 @@ def test_everything_off_runs_stem_shortcuts_and_head_alone() -> None:
 
 
 def test_the_span_is_from_the_cheapest_to_the_dearest_route() -> None:
-    for unit in ("channels", "paths"):
-        net = make_net("dmnn", unit)
+    for name, unit in (("dmnn", "channels"), ("dmnn", "paths"), ("rnr", "choice")):
+        net = make_net(name, unit)
         macs = net.cost(random_routes(net.backbone.specs, 3000)) / net.cost.dense
         low, high = net.span()
         assert low == pytest.approx(float(macs.min()))

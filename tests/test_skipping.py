@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynroute.skipping import FastNet, Key, folded
 from dynroute.testing import close, count_macs, random_routes, shake
+from dynroute.units import FORMS
 from tiny import PAIRS, make_net, pictures
 
 
@@ -35,7 +36,14 @@ def routes(unit: str, kind: str, images: int) -> Tensor:
 @pytest.mark.parametrize("images", [1, 8])
 @pytest.mark.parametrize(
     ("unit", "kind"),
-    [("channels", "on"), ("channels", "random"), ("paths", "on"), ("paths", "off"), ("paths", "random")],
+    [
+        ("channels", "on"),
+        ("channels", "random"),
+        ("paths", "on"),
+        ("paths", "off"),
+        ("paths", "random"),
+        ("choice", "random"),
+    ],
 )
 def test_given_routes(unit: str, kind: str, images: int) -> None:
     torch.manual_seed(0)
@@ -53,7 +61,7 @@ def test_routes_differ_in_these_tests() -> None:
             assert len(found) > 1, (name, unit)
 
 
-@pytest.mark.parametrize("unit", ["channels", "paths"])
+@pytest.mark.parametrize("unit", FORMS)
 def test_a_grouped_minibatch_costs_what_its_images_cost_alone(unit: str) -> None:
     net, x = make_net("static", unit), pictures(8)
     keep = routes(unit, "random", 8)
@@ -62,7 +70,7 @@ def test_a_grouped_minibatch_costs_what_its_images_cost_alone(unit: str) -> None
     assert together < 8 * net.cost.dense
 
 
-@pytest.mark.parametrize("unit", ["channels", "paths"])
+@pytest.mark.parametrize("unit", FORMS)
 def test_the_order_of_images_does_not_matter(unit: str) -> None:
     net, x, keep = make_net("static", unit), pictures(8), routes(unit, "random", 8)
     order = torch.randperm(8)
@@ -96,7 +104,7 @@ def test_modules_are_made_once_and_the_oldest_goes_first() -> None:
     assert len(fast.modules) == 4
 
 
-@pytest.mark.parametrize("unit", ["channels", "paths"])
+@pytest.mark.parametrize("unit", FORMS)
 @pytest.mark.parametrize("images", [2, 8])
 def test_channels_last_is_kept(unit: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net("static", unit).to(memory_format=torch.channels_last)

@@ -17,10 +17,14 @@ from dynroute.routers import ROUTERS, Router
 from dynroute.routers.gates import GateRouter
 from dynroute.routers.qlearn import QRouter
 from dynroute.testing import shake
+from dynroute.units import FORMS
 
 SPEC = DataSpec("tiny", 16, 10, tuple("abcdefghij"), superclasses=2, superclass_of=(0, 1) * 5)
 PAIRS = [
-    (name, unit) for name, method in ROUTERS.items() for unit in ("channels", "paths") if method.unit in ("any", unit)
+    (name, unit)
+    for name, method in ROUTERS.items()
+    for unit in FORMS
+    if method.unit == "any" or unit in (method.unit, *method.also)
 ]
 PAIRS.append(("dmnn", "channels"))  # gates sorted into a prefix
 
@@ -35,8 +39,10 @@ def make_backbone(
     classes: int = 10,
 ) -> Backbone:
     """A backbone for 16-pixel images, not trained."""
-    options = BackboneOptions(name, unit=unit, parts=parts, width=width, shortcut=shortcut).resolved(unit)
-    return BACKBONES[name](replace(SPEC, image_size=size, classes=classes), options)
+    options = BackboneOptions(name, unit=unit, parts=parts, width=width, shortcut=shortcut)
+    if unit == "choice" and parts:
+        options.widths = [(g + 1) / parts for g in range(parts)]
+    return BACKBONES[name](replace(SPEC, image_size=size, classes=classes), options.resolved(unit))
 
 
 def make_router(name: str, specs: Sequence[UnitSpec], superclasses: int = 0, **options: Any) -> Router:

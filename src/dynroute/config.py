@@ -94,6 +94,8 @@ class Config:
         for section, key in (("backbone", "weights"), ("optim", "teacher")):
             if values[section][key]:
                 values[section][key] = Path(values[section][key]).name
+        if values["backbone"]["unit"] != "choice":
+            values["backbone"].pop("widths")  # without effect there
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def _classes(self) -> dict[str, type]:
@@ -151,10 +153,11 @@ def _check(config: Config) -> None:
     plugins.find("dataset", config.data.name)
     if re.search(r"[^\w.+=-]", config.name) or config.name.startswith("."):
         raise InputError(f"name must be a plain folder name of letters, digits and . _ + = -, not {config.name!r}")
-    needed = config.method.unit
-    if needed != "any" and config.backbone.unit not in ("auto", needed):
+    needed = (config.method.unit, *config.method.also)
+    if "any" not in needed and config.backbone.unit not in ("auto", *needed):
         raise InputError(
-            f"router {config.router_name!r} needs backbone.unit={needed} (or auto), not {config.backbone.unit!r}"
+            f"router {config.router_name!r} needs backbone.unit={' or '.join(needed)} (or auto), "
+            f"not {config.backbone.unit!r}"
         )
 
 
@@ -259,10 +262,16 @@ def describe_fields() -> str:
         for f in dataclasses.fields(cls):
             key = f"{section}.{f.name}" if section else f.name
             lines += [
-                f"  {key} = {json.dumps(getattr(cls, f.name, None))}",
+                f"  {key} = {json.dumps(_default(f))}",
                 f"      {sentences.get(f.name, '')}",
             ]
     return "\n".join(lines)
+
+
+def _default(field_of: dataclasses.Field[Any]) -> Any:
+    if field_of.default_factory is not dataclasses.MISSING:
+        return field_of.default_factory()
+    return None if field_of.default is dataclasses.MISSING else field_of.default
 
 
 def _commented(text: str, classes: dict[str, type]) -> str:

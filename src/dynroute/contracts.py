@@ -38,7 +38,8 @@ class UnitSpec:
 
     form: which keeps are legal. "nested": a prefix of the parts; "choice": exactly one part; "free": any subset.
     skippable: the unit has a shortcut, so keeping nothing is legal.
-    part_shares: each part's share of the unit's own MACs when all parts run; sums to 1 for "nested" and "free".
+    part_shares: each part's share of the unit's own MACs when all parts run; sums to 1 for "nested" and "free". For
+    "choice" each alternative's share of the dearest one's MACs.
     stage, stages: 1-based stage of the net and how many stages there are (DMNN weights its losses by stage).
     """
 

@@ -23,16 +23,20 @@ class CostTerms(NamedTuple):
     """A unit's MACs. always: run whatever is kept (a projection shortcut, say). by_part_G: added by each kept part.
 
     by_pair_HG: added by each pair of (kept part of the unit read, kept part of this one): a convolution that shrinks on
-    both sides costs the product of two choices, image by image.
+    both sides costs the product of two choices, image by image. plain: the plain block, where that is not all parts
+    together (alternatives, of which one runs).
     """
 
     always: float
     by_part_G: tuple[float, ...]
     by_pair_HG: tuple[tuple[float, ...], ...] | None = None
+    plain: float | None = None
 
     @property
     def total(self) -> float:
-        """MACs with every part kept here and in the unit read."""
+        """MACs of the plain block: with every part kept here and in the unit read, unless `plain` says otherwise."""
+        if self.plain is not None:
+            return self.plain
         return self.always + sum(self.by_part_G) + sum(map(sum, self.by_pair_HG or ()))
 
 

@@ -41,8 +41,8 @@ class RoutedNet(nn.Module):
         return Output(self.backbone.head(x_BCHW).float(), trace, self.cost(trace.keep_BUG))
 
     def dense_routes(self, images: int) -> Tensor:
-        """keep_BUG of the dense net: all parts of every unit."""
-        return stacked([torch.ones(spec.parts) for spec in self.backbone.specs]).expand(images, -1, -1)
+        """keep_BUG of the dense net: all parts of every unit, or the dearest of alternatives."""
+        return stacked([_extremes(spec)[1] for spec in self.backbone.specs]).expand(images, -1, -1)
 
     def span(self) -> tuple[float, float]:
         """Shares of the dense net's MACs of the cheapest and the dearest legal route, router included."""
@@ -73,8 +73,5 @@ def stack(keeps: list[Tensor], notes: list[dict[str, Tensor]]) -> Trace:
 
 def _extremes(spec: UnitSpec) -> tuple[Tensor, Tensor]:
     """Cheapest and dearest legal keep (G,) of one unit."""
-    if spec.form == "choice":
-        eye = torch.eye(spec.parts)
-        share = torch.tensor(spec.part_shares)
-        return eye[share.argmin()], eye[share.argmax()]
-    return legal(torch.zeros(1, spec.parts), spec)[0], torch.ones(spec.parts)
+    nothing, everything = legal(torch.stack([torch.zeros(spec.parts), torch.ones(spec.parts)]), spec)
+    return nothing, everything

@@ -31,8 +31,7 @@ def patterns(spec: UnitSpec) -> Iterator[tuple[bool, ...]]:
     """Every legal keep of a unit."""
     for bits in itertools.product((True, False), repeat=spec.parts):
         keep = torch.tensor([bits], dtype=torch.float32)
-        one = spec.form != "choice" or sum(bits) == 1
-        if one and (spec.form == "choice" or torch.equal(legal(keep, spec), keep)):
+        if torch.equal(legal(keep, spec), keep):
             yield bits
 
 
@@ -56,9 +55,11 @@ def check_unit(unit: Unit, size: int, keep_in: Mapping[tuple[bool, ...], Tensor]
     assert spec.parts == len(terms.by_part_G) == len(spec.part_shares), f"{spec.name}: parts disagree"
     x_BCHW = torch.randn(3, spec.in_channels, size, size)
     dense = unit(x_BCHW)
-    everything = [torch.ones(3, spec.parts), *(torch.ones(3, len(above)) for above in list(keep_in or ())[:1])]
-    if spec.form != "choice":
-        assert close(unit(x_BCHW, *everything), dense), f"{spec.name}: keeping all parts is not the dense run"
+    everything = [
+        legal(torch.ones(3, spec.parts), spec),
+        *(torch.ones(3, len(above)) for above in list(keep_in or ())[:1]),
+    ]
+    assert close(unit(x_BCHW, *everything), dense), f"{spec.name}: keeping all parts is not the dense run"
     arriving: Mapping[Any, Tensor] = keep_in or {None: x_BCHW}
     for keep, (above, x_BCHW) in itertools.product(patterns(spec), arriving.items()):
         small = unit.narrow(keep, above)
@@ -114,7 +115,8 @@ def check_router(router: Router, size: int = 8, images: int = 16) -> None:
     costs = []
     for end in router.price_limits:  # low to high
         router.price = end
-        costs.append(sum(float(k.mean()) for k in run(every)))
+        keeps = zip(run(every), router.specs, strict=True)
+        costs.append(sum(float((keep @ torch.tensor(spec.part_shares)).mean()) for keep, spec in keeps))
     router.price = price
     assert costs[1] <= costs[0], "a higher price must mean a cheaper net"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
-from dynroute.units import FORMS, RANKS, Unit, Weights, tensors
+from dynroute.units import FORMS, RANKS, Unit, Weights, choice_sizes, even_split, tensors
 
 Kind = TypeVar("Kind")
 USUAL_PARTS = {"channels": 4, "paths": 2}
@@ -26,9 +27,11 @@ class BackboneOptions:
     weights: str | None = None
     """Start from these weights: a run folder, a checkpoint of dynroute, or a plain state dict of the dense net."""
     unit: str = "auto"
-    """How a block is cut: channels (nested groups), paths (sub-blocks), or auto (what the router needs)."""
+    """How a block is cut: channels (nested groups), paths (sub-blocks), choice (one of several), auto (what the router needs)."""
     parts: int = 0
-    """Parts a block is cut into; 0: 4 groups of channels (RNP), or 2 sub-blocks (DMNN)."""
+    """Parts a block is cut into; 0: 4 groups of channels (RNP), 2 sub-blocks (DMNN), or an alternative for each of widths."""
+    widths: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
+    """Hidden width of each alternative (unit=choice), as a share of the block's. Ours."""
     width: int = 0
     """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets, 64 for ImageNet's)."""
     shortcut: str = "A"
@@ -50,10 +53,18 @@ class BackboneOptions:
             raise InputError(f"backbone.width must lie between 0 and 4096, not {self.width}")
         if not 0 <= self.parts <= 4096:
             raise InputError(f"backbone.parts must lie between 0 and 4096, not {self.parts}")
+        if not self.widths or not all(a < b for a, b in pairwise([0.0, *self.widths])) or self.widths[-1] > 1:
+            raise InputError(f"backbone.widths must rise from above 0 to at most 1, not {self.widths}")
 
     def resolved(self, needed: str) -> BackboneOptions:
         """The same with nothing left to choose; needed: the unit form of the method, "any" where all will do."""
         unit = self.unit if self.unit != "auto" else {"any": "channels"}.get(needed, needed)
+        if unit == "choice":
+            if self.parts not in (0, len(self.widths)):
+                raise InputError(
+                    f"backbone.parts must be 0 or {len(self.widths)}, as backbone.widths, not {self.parts}"
+                )
+            return replace(self, unit=unit, parts=len(self.widths))
         return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width or 4096))
 
     def kind(self, kinds: Mapping[str, Kind]) -> Kind:
@@ -70,6 +81,10 @@ class BackboneOptions:
         if self.parts > width:
             raise InputError(f"backbone.parts must not exceed the width of {self.name}, {width}, not {self.parts}")
         return width
+
+    def sizes(self, hidden: int) -> list[int]:
+        """Hidden channels of each part of a block that has `hidden` of them."""
+        return choice_sizes(hidden, self.widths) if self.unit == "choice" else even_split(hidden, self.parts)
 
 
 class Backbone(nn.Module):

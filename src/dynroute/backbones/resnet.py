@@ -10,13 +10,13 @@ from torch import nn
 from dynroute.backbones.base import Backbone, BackboneOptions, initialise
 from dynroute.cost import conv_macs
 from dynroute.data import DataSpec
-from dynroute.units import BASIC, BOTTLENECK, BasicUnit, GroupedBottleneck, even_split
+from dynroute.units import BASIC, BOTTLENECK, BasicUnit, ChoiceUnit, GroupedBottleneck
 
 
 class Layout(NamedTuple):
     """What a depth means. kinds: units by form. expansion: output channels by hidden ones. blocks: of each stage."""
 
-    kinds: Mapping[str, Callable[..., BasicUnit | GroupedBottleneck]]
+    kinds: Mapping[str, Callable[..., BasicUnit | GroupedBottleneck | ChoiceUnit]]
     expansion: int
     blocks: tuple[int, ...]
 
@@ -56,7 +56,7 @@ class ResNet(Backbone):
                     channels,
                     hidden * layout.expansion,
                     2 if stage and not i else 1,
-                    even_split(hidden, options.parts),
+                    options.sizes(hidden),
                     in_size=size,
                     shortcut="B",
                     stage=stage + 1,

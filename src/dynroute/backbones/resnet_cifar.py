@@ -7,7 +7,7 @@ from torch import nn
 from dynroute.backbones.base import Backbone, BackboneOptions, initialise
 from dynroute.cost import conv_macs
 from dynroute.data import DataSpec
-from dynroute.units import BASIC, even_split
+from dynroute.units import BASIC
 
 
 class CifarResNet(Backbone):
@@ -33,7 +33,7 @@ class CifarResNet(Backbone):
                     channels,
                     out,
                     stride,
-                    even_split(out, options.parts),
+                    options.sizes(out),
                     in_size=size,
                     shortcut=options.shortcut,
                     stage=stage + 1,
@@ -43,7 +43,7 @@ class CifarResNet(Backbone):
                 channels, size = out, made.out_size
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, data.classes))
         self.fixed_macs = stem_macs + channels * data.classes
-        # hidden channels of a cut block add up to those of the plain one, so all parts together are the dense net
+        # what a unit's cost calls its total is the plain block: all parts together, or the widest of alternatives
         self.dense_macs = self.fixed_macs + sum(term.total for term in self.terms())
         self.apply(initialise)
 

@@ -35,7 +35,8 @@ ROUTERS: dict[str, Method] = {
         qlearn.RnrOptions,
         qlearn.phases,
         "channels",
-        "Runtime Network Routing (TPAMI 2019), incremental",
+        "Runtime Network Routing (TPAMI 2019), incremental; multi-path with backbone.unit=choice",
+        also=("choice",),
     ),
     "dmnn": Method(
         gates.GateRouter,

@@ -88,7 +88,7 @@ class Phase:
 class Method:
     """A row of ROUTERS: the router, its options, its phases, the unit form it needs ("any": every form).
 
-    about: a sentence for `dynroute list`.
+    about: a sentence for `dynroute list`. also: other unit forms that it takes if asked to.
     """
 
     router: Callable[[Sequence[UnitSpec], Any, int], Router]  # specs, options, superclasses of the data (0: none)
@@ -96,10 +96,20 @@ class Method:
     phases: Callable[[Net, Any], Iterator[Phase]]
     unit: str = "any"
     about: str = ""
+    also: tuple[str, ...] = ()
 
 
 def legal(keep_BG: Tensor, spec: UnitSpec) -> Tensor:
-    """The nearest legal keep: sorted to a prefix for nested units, and at least the first part where nothing is not allowed."""
+    """The nearest legal keep: sorted to a prefix for nested units, and at least the first part where nothing is not allowed.
+
+    Of alternatives the dearest that is kept, and the cheapest where none is; a gradient passes straight through.
+    """
+    if spec.form == "choice":
+        share_G = torch.tensor(spec.part_shares, device=keep_BG.device)
+        dearest_B = (keep_BG.detach() * share_G).argmax(1)
+        one_B = torch.where(keep_BG.detach().any(1), dearest_B, share_G.argmin())
+        one_hot_BG = nn.functional.one_hot(one_B, spec.parts).to(keep_BG.dtype)
+        return one_hot_BG + (keep_BG - keep_BG.detach())  # in this order the sum is exactly 0 or 1
     if spec.form == "nested":
         keep_BG = keep_BG.sort(dim=1, descending=True).values
     if not spec.skippable:

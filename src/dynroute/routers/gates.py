@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import Batch, Decision, Output, UnitSpec
+from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
 from dynroute.routers.base import Net, Phase, Router, State, cross_entropy, legal, ranged
 
 
@@ -63,6 +63,10 @@ class GateRouter(Router):
 
     def __init__(self, specs: Sequence[UnitSpec], options: DmnnOptions, superclasses: int = 0) -> None:
         super().__init__(specs)
+        if any(s.form == "choice" for s in specs):
+            raise InputError(
+                "gates open parts independently, so alternatives are not for them: set backbone.unit=paths"
+            )
         self.options = options
         size = options.hidden
         later = range(1, len(specs)) if options.previous else ()

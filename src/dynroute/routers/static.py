@@ -61,18 +61,31 @@ class StaticRouter(Router):
         self.width = options.width
 
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
-        """The first so many parts of unit u, for all images."""
-        spec = self.specs[u]
-        parts = min(max(self.width - self.price, 0.0), 1.0) * spec.parts + 1e-9
-        kept = int((u + 1) * parts) - int(u * parts)
-        row_G = (torch.arange(spec.parts, device=x_BCHW.device) < kept).float()
+        """The first so many parts of unit u, or one alternative, for all images."""
+        spec, width = self.specs[u], min(max(self.width - self.price, 0.0), 1.0)
+        places_G = torch.arange(spec.parts, device=x_BCHW.device)
+        if spec.form == "choice":
+            row_G = (places_G == self._nearest(u, width)).float()
+        else:
+            parts = width * spec.parts + 1e-9
+            row_G = (places_G < int((u + 1) * parts) - int(u * parts)).float()
         return Decision(legal(row_G.expand(len(x_BCHW), -1), spec), {}), state
+
+    def _nearest(self, u: int, width: float) -> int:
+        """The alternative of unit u."""
+        missed, place = 0.0, 0
+        for spec in (s for s in self.specs[: u + 1] if s.form == "choice"):
+            wanted = min(max(width, min(spec.part_shares)), max(spec.part_shares)) + missed
+            place = min(range(spec.parts), key=lambda g: abs(spec.part_shares[g] - wanted))
+            missed = wanted - spec.part_shares[place]
+        return place
 
 
 class RandomRouter(Router):
     """Each part runs with probability rate - price. The random numbers are a hash of the image, in whole numbers:
 
-    sums of floats would depend on the batch they are computed in, and the same image could get two routes.
+    sums of floats would depend on the batch they are computed in, and the same image could get two routes. Of alternatives
+    one runs, the dearer the more of the draws succeed. Ours.
     """
 
     price_limits = (-1.0, 1.0)
@@ -92,7 +105,7 @@ class RandomRouter(Router):
         spec = self.specs[u]
         fresh = (len(x_BCHW), spec.parts)
         draws_BG = torch.rand(fresh, device=x_BCHW.device) if self.training else _draws(state, u, spec.parts)
-        return Decision(legal((draws_BG < self.rate - self.price).float(), spec), {}), state
+        return Decision(_drawn((draws_BG < self.rate - self.price).float(), spec), {}), state
 
 
 def _draws(seed_B: Tensor, u: int, parts: int) -> Tensor:
@@ -102,6 +115,15 @@ def _draws(seed_B: Tensor, u: int, parts: int) -> Tensor:
     for factor in (48_271, 69_621):  # multipliers of well-tested Lehmer generators modulo 2^31 - 1
         mixed_BG = (mixed_BG ^ (mixed_BG >> 15)) * factor % 2_147_483_647
     return mixed_BG.double() / 2_147_483_647
+
+
+def _drawn(keep_BG: Tensor, spec: UnitSpec) -> Tensor:
+    """What independent draws keep, made legal: of alternatives the cheapest for one success or none, the next for two."""
+    if spec.form != "choice":
+        return legal(keep_BG, spec)
+    order_G = torch.tensor(spec.part_shares, device=keep_BG.device).argsort()
+    place_B = order_G[(keep_BG.sum(1).long() - 1).clamp(min=0)]
+    return torch.nn.functional.one_hot(place_B, spec.parts).float()
 
 
 def phases(net: Net, options: StaticOptions | RandomOptions) -> Iterator[Phase]:
@@ -116,6 +138,6 @@ def _explored(net: Net):  # type: ignore[no-untyped-def]
         return None
 
     def draw(images: int) -> Tensor:
-        return stacked([legal((torch.rand(images, s.parts) < router.rate).float(), s) for s in router.specs])
+        return stacked([_drawn((torch.rand(images, s.parts) < router.rate).float(), s) for s in router.specs])
 
     return draw

@@ -25,10 +25,11 @@ from dynroute.units.base import (
 from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic
 from dynroute.units.bottleneck import BOTTLENECK, GroupedBottleneck
 from dynroute.units.chain import ConvUnit
+from dynroute.units.choice import ChoiceBasic, ChoiceBottleneck, ChoiceUnit, choice_sizes
 from dynroute.units.inverted import INVERTED, GroupedInverted
 from dynroute.units.ranking import RANKS, best_first, contribution, kernel_norm
 
-FORMS = ("channels", "paths")
+FORMS = ("channels", "paths", "choice")
 
 __all__ = [
     "BASIC",
@@ -39,6 +40,9 @@ __all__ = [
     "RANKS",
     "STATISTICS",
     "BasicUnit",
+    "ChoiceBasic",
+    "ChoiceBottleneck",
+    "ChoiceUnit",
     "ConvUnit",
     "GroupedBasic",
     "GroupedBottleneck",
@@ -52,6 +56,7 @@ __all__ = [
     "WidthNorm",
     "best_first",
     "channel_mask",
+    "choice_sizes",
     "contribution",
     "even_split",
     "folded_conv",

@@ -26,6 +26,7 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
+from dynroute.units.choice import ChoiceBasic
 from dynroute.units.ranking import best_first
 
 
@@ -230,4 +231,8 @@ def common_width(keep_BG: Tensor) -> int | None:
     return width if bool((width_B == width).all()) else None
 
 
-BASIC: dict[str, type[BasicUnit]] = {"channels": GroupedBasic, "paths": PathBasic}
+BASIC: dict[str, type[BasicUnit] | type[ChoiceBasic]] = {
+    "channels": GroupedBasic,
+    "paths": PathBasic,
+    "choice": ChoiceBasic,
+}

@@ -24,6 +24,7 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
+from dynroute.units.choice import ChoiceBottleneck
 from dynroute.units.ranking import best_first
 
 
@@ -150,4 +151,7 @@ class GroupedBottleneck(Unit):
         )
 
 
-BOTTLENECK: dict[str, type[GroupedBottleneck]] = {"channels": GroupedBottleneck}
+BOTTLENECK: dict[str, type[GroupedBottleneck] | type[ChoiceBottleneck]] = {
+    "channels": GroupedBottleneck,
+    "choice": ChoiceBottleneck,
+}

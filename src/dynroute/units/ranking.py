@@ -18,9 +18,9 @@ RANKS = ("auto", "norm", "contribution", "none")
 def best_first(rank: str, weight: Tensor, following: Tensor, norm: Mapping[str, Tensor] | None) -> Tensor:
     """Order (C,) of a layer's output channels, the most useful first, so that a prefix holds the best ones.
 
-    rank: one of RANKS; none keeps the order as given; auto is contribution where a BatchNorm follows and norm elsewhere. weight: (C, I, ...) of the layer;
-    following: (O, C, k, k) of the next one; norm: the BatchNorm's tensors in between. Raises InputError where contribution
-    is asked for and there is no BatchNorm.
+    rank: one of RANKS; none keeps the order as given; auto is contribution where a BatchNorm follows and norm elsewhere.
+    weight: (C, I, ...) of the layer; following: (O, C, k, k) of the next one; norm: the BatchNorm's tensors in between.
+    Raises InputError where contribution is asked for and there is no BatchNorm.
     """
     if rank == "none":
         return torch.arange(len(weight), device=weight.device)
