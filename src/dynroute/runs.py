@@ -357,6 +357,7 @@ def inspect(config: Config, net: RoutedNet) -> dict[str, Any]:
             "macs": unit.cost_terms().total,
             "macs_always": unit.cost_terms().always,
             "macs_by_part": list(unit.cost_terms().by_part_G),
+            "macs_by_pair": unit.cost_terms().by_pair_HG,
             "params": sum(p.numel() for p in unit.parameters()),
         }
         for unit in net.backbone.routable

@@ -114,21 +114,21 @@ class Chain(Backbone):
 
 
 def conv4(data: DataSpec, options: BackboneOptions, norm: bool = False) -> Backbone:
-    """RNP's CIFAR net of four convolutions: 32, 32, pool, 64, 64, pool, linear classifier (24.5 M at 32 pixels).
+    """RNP's CIFAR net of four convolutions, 24.5 M at 32 pixels (_bn: with BatchNorm).
 
-    The paper prints the 24.5 M but no widths: they are our reading, which gives 24.52 M. Nor does it speak of BatchNorm,
-    so there are both.
+    32, 32, pool, 64, 64, pool, linear classifier: the authors state the 24.5 M, not the widths; these are our reading, which
+    gives 24.52 M. Whether they used BatchNorm is not said either, so there are both.
     """
     return Chain(data, options, own=32, stages=FOUR, norm=norm)
 
 
 def vgg16_cifar(data: DataSpec, options: BackboneOptions, norm: bool = False) -> Backbone:
-    """VGG-16 for small images with a classifier of 512 hidden units (code of RNP's authors; 313 M at 32 pixels)."""
+    """VGG-16 as in the CIFAR code of RNP's authors, 512 hidden units in the classifier, 313 M at 32 pixels (_bn: ours)."""
     return Chain(data, options, own=64, stages=SIXTEEN, hidden=(8,), pixels=1, norm=norm)
 
 
 def vgg16(data: DataSpec, options: BackboneOptions, norm: bool = False) -> Backbone:
-    """VGG-16 for 224-pixel images; takes torchvision's weights (15.5 G)."""
+    """VGG-16 for 224-pixel images, 15.5 G; takes torchvision's weights (_bn: with BatchNorm)."""
     return Chain(data, options, own=64, stages=SIXTEEN, hidden=(64, 64), pixels=7, norm=norm)
 
 
