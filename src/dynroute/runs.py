@@ -61,7 +61,7 @@ def _checkpoint(path: Path) -> Path:
 
 
 def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teacher | None:
-    """The dense net of optim.teacher, ready to be asked; None where there is none. Raises InputError."""
+    """The net of optim.teacher, ready to be asked: a static run as it is, any other with all parts. Raises InputError."""
     name = config.optim.teacher
     if not name:
         return None
@@ -72,15 +72,21 @@ def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teache
     path = _checkpoint(Path(name))
     content = load_tensors(path)
     if isinstance(content, dict) and "format" in content:
-        net, _, stored = restore(path)
+        net, trained, stored = restore(path)
         classes = stored["meta"]["data"]["classes"]
         if classes != spec.classes:
             raise InputError(f"optim.teacher: {path} knows {classes} classes, the data have {spec.classes}")
+        static = trained.router_name == "static"
     else:
         plain = dataclasses.replace(config.backbone, unit="channels", parts=1, weights=str(path))
         net = build(dataclasses.replace(config, backbone=plain, router_name="static", router=StaticOptions()), spec)
+        static = True
     fast = FastNet(net.to(device))
-    return lambda x_BCHW: fast(x_BCHW).logits_BK
+
+    def asked(x_BCHW: torch.Tensor) -> torch.Tensor:
+        return fast(x_BCHW, None if static else net.dense_routes(len(x_BCHW))).logits_BK
+
+    return asked
 
 
 def dense_state(path: Path) -> dict[str, torch.Tensor]:
