@@ -111,6 +111,22 @@ def test_both_sides_of_the_middle_convolution_are_ranked(name: str) -> None:
             assert torch.equal(score, score.sort(descending=True).values)
 
 
+@pytest.mark.parametrize("rank", ["none", "norm"])
+def test_channels_come_in_the_order_asked_for(rank: str) -> None:
+    source = plain("mobilenet_v2")
+    backbone = make_backbone("mobilenet_v2", width=0, size=64)
+    backbone.load_dense(source.state_dict(), rank)
+    unit, given = backbone.routable[3], source.features[5].conv[0][0].weight  # type: ignore[index, union-attr]
+    assert isinstance(unit, GroupedInverted)
+    norms = unit.expand.weight.flatten(1).abs().sum(1)
+    assert (
+        torch.equal(unit.expand.weight, given) if rank == "none" else torch.equal(norms, norms.sort(descending=True)[0])
+    )
+    x = pictures(2, size=64)
+    with torch.no_grad():
+        assert close(logits(backbone, x), source(x))
+
+
 def test_the_fast_run_folds_the_head_too() -> None:
     backbone = make_backbone("mobilenet_v2", width=0, size=32)
     net = RoutedNet(backbone, make_router("static", backbone.specs))

@@ -59,6 +59,9 @@ class Net(Protocol):
     def dense_routes(self, images: int) -> Tensor:
         """keep_BUG of the dense net."""
 
+    def span(self) -> tuple[float, float]:
+        """Shares of the cheapest and the dearest route."""
+
 
 @dataclass
 class Phase:

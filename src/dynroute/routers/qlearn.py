@@ -39,7 +39,7 @@ ALPHA_FROM = 20  # minibatches over which an automatic alpha is measured: 2,560 
 KNOTS = 9  # of the table from budget to charge (ours)
 FEEDBACK = 0.1  # step of log(charge) per minibatch and per share missed (ours)
 FIRST_CHARGES = (0.3, 0.01)  # where the table starts, at its cheapest and its dearest budget (ours)
-CHARGES = (1e-4, 1e2)  # and what it never leaves
+CHARGES = (1e-3, 1.0)  # and what it never leaves
 
 
 @dataclass
@@ -256,6 +256,8 @@ class QRouter(Router):
         if self.conditioned:
             pooled_BC = torch.cat([pooled_BC, self._told(state)], 1)
         q_BA, hidden = self.agent(u, pooled_BC, state.hidden[0])
+        if self.conditioned:  # what an action costs here and now is known and need not be learned for every charge
+            q_BA = q_BA - state.charge_B[:, None] * self.get_buffer(f"cost_{u}")
         score_BA = q_BA if self.training else q_BA - self._asked()[1] * self.get_buffer(f"share_{u}")
         greedy_B = action_B = score_BA.argmax(1)
         if self.training:
@@ -272,6 +274,8 @@ class QRouter(Router):
         if self.slow is not None:
             with torch.no_grad():
                 slow_BA, slow_hidden = self.slow(u, pooled_BC, state.hidden[1])
+                if self.conditioned:
+                    slow_BA = slow_BA - state.charge_B[:, None] * self.get_buffer(f"cost_{u}")
             notes["slow"], after = self._padded(slow_BA), (hidden, slow_hidden)
         ran_B = self.get_buffer(f"share_{u}")[action_B]
         return Decision(self.get_buffer(f"keep_{u}")[action_B], notes), state._replace(hidden=after, ran_B=ran_B)
@@ -304,11 +308,17 @@ class QRouter(Router):
                 slow.lerp_(fast, 1 - self.options.slow_target)
 
     @torch.no_grad()
-    def correct_charges(self, asked_B: Tensor, share_B: Tensor) -> None:
-        """Raise the charge of budgets that were overspent, lower that of the others; less while the agent explores."""
+    def correct_charges(self, asked_B: Tensor, share_B: Tensor, span: tuple[float, float]) -> None:
+        """Raise the charge of budgets that were overspent, lower that of the others; less while the agent explores.
+
+        share_B: of the best actions. span: shares of the cheapest and the dearest route; an image that stands there already
+        says nothing (else a budget out of reach would drive its charge without end).
+        """
         place_B = (asked_B - self.low) / (self.high - self.low) * (KNOTS - 1)
         near_BK = (1 - (place_B[:, None] - torch.arange(KNOTS, device=place_B.device)).abs()).clamp(min=0)
-        missed_K = (near_BK * (share_B - asked_B)[:, None]).sum(0) / near_BK.sum(0).clamp(min=1)
+        missed_B = share_B - asked_B
+        stuck_B = ((missed_B > 0) & (share_B <= span[0] + 1e-4)) | ((missed_B < 0) & (share_B >= span[1] - 1e-4))
+        missed_K = (near_BK * missed_B.masked_fill(stuck_B, 0.0)[:, None]).sum(0) / near_BK.sum(0).clamp(min=1)
         low, high = (math.log(charge) for charge in CHARGES)
         self.log_charge_K += FEEDBACK * (1 - self.epsilon) * missed_K
         self.log_charge_K.clamp_(low, high)
@@ -455,7 +465,7 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
         }
         if options.budget:
             share_B = net.cost(router.keeps(out.trace.notes["greedy"])) / net.cost.dense
-            router.correct_charges(out.trace.notes["asked"][:, 0], share_B.float())
+            router.correct_charges(out.trace.notes["asked"][:, 0], share_B.float(), span)
             terms |= {
                 "note_charge_low": router.log_charge_K[0].exp(),
                 "note_charge_high": router.log_charge_K[-1].exp(),
@@ -466,7 +476,7 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
     def both(out: Output, batch: Batch) -> dict[str, Tensor]:
         return cross_entropy(out, batch) | agent_loss(out, batch)
 
-    widths = random_widths(router.specs, options.width_draws)
+    widths, span = random_widths(router.specs, options.width_draws), net.span()
     yield Phase("pretrain", options.pretrain_epochs, ("backbone",), cross_entropy, routes=net.dense_routes)
     yield Phase("widths", options.widths_epochs, ("backbone",), cross_entropy, routes=widths)
     for turn in range(options.rounds):
