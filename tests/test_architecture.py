@@ -25,6 +25,7 @@ ROOMS = [
     "net",
     "skipping",
     "measure",
+    "controls",
     "fit",
     "report",
     "plugins",

@@ -129,6 +129,15 @@ def evaluate(
     ] = None,
     split: Annotated[Split, typer.Option("--split", help="Which split the row is about.")] = Split.test,
     timed: Annotated[bool, typer.Option("--latency", help="Also measure milliseconds per image at batch 1.")] = False,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Add three rows made from the run's own routes on the same images: shuffled (handed to other images) and "
+            "random (drawn unit by unit at the same rates), both charged for the router and so at the routed row's cost; "
+            "most_common (one route for all images), a static net, not charged for a router.",
+        ),
+    ] = False,
     checkpoint: Annotated[
         Checkpoint,
         typer.Option("--checkpoint", help="last: end of the schedule; best: by accuracy on calibration."),
@@ -145,14 +154,22 @@ def evaluate(
 
     with Status(f"opening {run}") as status:
         evaluator = runs.Evaluator.of(run, checkpoint.value)
-        results = []
+        results, constant = [], 0
         for target in targets:
             status.say("evaluating" if target is None else f"fitting the price for {target:g} and evaluating")
             results.append(evaluator.measure(target, split.value, timed))
+            if controls:
+                status.say("evaluating controls")
+                made = evaluator.controls(results[-1])
+                results += made
+                constant += not made
     if as_json:
         print(json.dumps({"rows": [as_dict(r.row) for r in results]}, indent=2))
     else:
         print_results(results)
+    if constant:
+        where = "" if constant == len(targets) else f" at {constant} of {len(targets)} settings"
+        print(f"no controls{where}: every image takes the same route, there is nothing to shuffle", file=sys.stderr)
     for row in (r.row for r in results):
         if row.speedup is not None and row.macs_share < 1 and row.speedup <= 1:
             line = f"FLOPs fall to {row.macs_share:.2f} of dense, time does not: {row.speedup:.2f}x the speed"
@@ -327,7 +344,7 @@ def print_results(results: list[Any]) -> None:
     for r in results:
         row = r.row
         cells = [
-            "trained" if row.flops_target is None else f"{row.flops_target:.2f}",
+            row.control or ("trained" if row.flops_target is None else f"{row.flops_target:.2f}"),
             f"{row.macs_mean / 1e6:.2f} M",
             f"{row.macs_share:.3f}{' missed' if r.missed else ''}",
             "" if row.share_calib is None else f"{row.share_calib:.3f}",

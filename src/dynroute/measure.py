@@ -45,13 +45,22 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(net: RoutedNet, batches: Iterable[Batch], run: Callable[[Tensor], Output] | None = None) -> Scores:
-    """Run the net in eval mode (no noise, no exploration) over batches on its device. run: another executor, as FastNet."""
+def evaluate(
+    net: RoutedNet,
+    batches: Iterable[Batch],
+    run: Callable[..., Output] | None = None,
+    routes_NUG: Tensor | None = None,
+) -> Scores:
+    """Run the net in eval mode (no noise, no exploration) over batches on its device. run: another executor, as FastNet.
+
+    routes_NUG: these routes instead of the router's; its row i is for the image of index i.
+    """
     was_training = net.training
     net.eval()
     rows: list[tuple[Tensor, ...]] = []
     for batch in batches:
-        out = (run or net)(batch.images)
+        given = () if routes_NUG is None else (routes_NUG[batch.index.cpu()].float().to(batch.images.device),)
+        out = (run or net)(batch.images, *given)
         logits = out.logits_BK.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == batch.labels[:, None]

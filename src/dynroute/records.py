@@ -23,6 +23,7 @@ class EvalRow:
     macs_share: macs_mean / macs_dense. share_calib: the share reached on the calibration split, where the price was
     fitted. flops_target: the asked share, None for the trained point. top1, top5: 0..1. loss: mean cross entropy.
     router_share: the router's MACs / macs_dense. routes: number of distinct routes. latency_ms_*: see `measure.latency`.
+    control: empty for the net itself, else the name of the control that was made from its routes (see `controls`).
     """
 
     run: str
@@ -48,6 +49,7 @@ class EvalRow:
     params: int
     epochs: float
     checkpoint: str = "last"
+    control: str = ""
     weights: str = ""
     latency_ms_p50: float | None = None
     speedup: float | None = None
@@ -61,6 +63,7 @@ class EvalRow:
 
 
 EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))
+LATER = frozenset({"control"})  # columns that older files lack; there they are empty
 NUMBERS = frozenset(f.name for f in fields(EvalRow) if "float" in str(f.type) or "int" in str(f.type))
 
 
@@ -114,19 +117,25 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def read_eval(path: Path) -> list[dict[str, Any]]:
     """Read an eval.csv: numbers as float, empty cells as None. Raises InputError where a column is missing or no number."""
     rows = read_rows(path)
-    missing = [c for c in EVAL_COLUMNS if rows and c not in rows[0]]
+    missing = [c for c in EVAL_COLUMNS if rows and c not in rows[0] and c not in LATER]
     if missing:
         raise InputError(f"{path} lacks the columns {', '.join(missing)}: written by another version or program")
-    return [{c: _value(path, c, row[c]) for c in EVAL_COLUMNS} for row in rows]
+    return [{c: _value(path, c, row.get(c, "")) for c in EVAL_COLUMNS} for row in rows]
 
 
 def merge_eval(path: Path, row: EvalRow) -> None:
-    """Add a row to an eval.csv; it replaces the row of the same split and target, so that a repeated call adds nothing."""
+    """Add a row to an eval.csv in place of the one of the same split, target, checkpoint and control.
+
+    So a repeated call adds nothing. Where the net's own row has changed, the controls made from the old one go too.
+    """
     old = read_rows(path) if path.exists() else []
     new = {k: _cell(v) for k, v in as_dict(row).items()}
-    same = ("split", "flops_target", "checkpoint")
+    setting = ("split", "flops_target", "checkpoint")
     old = [{k: r.get(k, "") for k in EVAL_COLUMNS} | {"checkpoint": r.get("checkpoint") or "last"} for r in old]
-    kept = [r for r in old if any(r[k] != new[k] for k in same)]
+    there = [r for r in old if all(r[k] == new[k] for k in setting)]
+    changed = any(not r["control"] and any(r[k] != new[k] for k in ("macs_mean", "top1", "n")) for r in there)
+    replaced = there if changed and not row.control else [r for r in there if r["control"] == row.control]
+    kept = [r for r in old if r not in replaced]
     write_rows(path, [*kept, new], EVAL_COLUMNS)
 
 

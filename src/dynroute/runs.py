@@ -17,6 +17,7 @@ from dynroute import __version__, plugins
 from dynroute.backbones import Backbone, BackboneOptions
 from dynroute.config import CONFIG_FILE, Config, from_text, load_config
 from dynroute.contracts import InputError
+from dynroute.controls import CONTROLS
 from dynroute.data import Dataset, DataSpec, known_spec, limited, load, loader
 from dynroute.fit import BEST, LAST, Listener, Step, Teacher, fit, load_checkpoint, load_tensors, load_weights
 from dynroute.measure import TOLERANCE, Dial, Scores, evaluate, latency, make_dial
@@ -203,11 +204,12 @@ def _log(folder: Path) -> logging.Logger:
 
 @dataclass
 class Result:
-    """One evaluated setting: its row, the range of shares the dial reaches, and whether the target was missed."""
+    """One evaluated setting: its row, the range of shares the dial reaches, whether the target was missed, and each image."""
 
     row: EvalRow
     reachable: tuple[float, float] | None
     missed: bool
+    scores: Scores
 
 
 @dataclass
@@ -249,8 +251,7 @@ class Evaluator:
         """
         price, calibrated = (0.0, None) if target is None else self.dial.find(target)
         self.net.router.price = price
-        part = self.data.test if split == "test" else self.data.calibration
-        batches = loader(part, self.data.spec, 256, train=False, device=self.device, workers=self.config.data.workers)
+        part, batches = self._split(split)
         scores = evaluate(self.net, batches)
         row = self._row(scores, split, target, price, calibrated)
         if timed:
@@ -260,7 +261,34 @@ class Evaluator:
         merge_eval(self.folder / EVAL_FILE, row)
         self._write_routes(scores, part, split, target)
         missed = target is not None and abs(row.macs_share - target) > TOLERANCE
-        return Result(row, self.dial.span() if target is not None else None, missed)
+        return Result(row, self.dial.span() if target is not None else None, missed, scores)
+
+    def controls(self, result: Result) -> list[Result]:
+        """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
+
+        shuffled and random keep the router's multiply-adds and so stand at the routed row's cost; most_common is a static
+        net, which needs no router and is not charged for one. Writes the rows into eval.csv.
+        """
+        routes_NUG, routed = result.scores.keep_NUG, result.row
+        made: list[Result] = []
+        for name, control in CONTROLS.items() if routed.routes > 1 else ():
+            given = control.routes(routes_NUG, self.config.top.seed)
+            scores = evaluate(self.net, self._split(routed.split)[1], routes_NUG=given)
+            unpaid = 0.0 if control.pays_router else self.net.cost.router
+            scores.macs_N = scores.macs_N - unpaid
+            row = self._row(scores, routed.split, routed.flops_target, routed.price, None)
+            row.control, row.router_share = name, row.router_share - unpaid / row.macs_dense
+            if not control.pays_router:
+                row.params = sum(p.numel() for p in self.net.backbone.parameters())
+            merge_eval(self.folder / EVAL_FILE, row)
+            made.append(Result(row, None, False, scores))
+        return made
+
+    def _split(self, split: str) -> tuple[Any, Any]:
+        """A split and its batches."""
+        part = self.data.test if split == "test" else self.data.calibration
+        workers = self.config.data.workers
+        return part, loader(part, self.data.spec, 256, train=False, device=self.device, workers=workers)
 
     def _row(self, scores: Scores, split: str, target: float | None, price: float, calibrated: float | None) -> EvalRow:
         config, cost = self.config, self.net.cost

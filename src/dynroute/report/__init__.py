@@ -62,7 +62,7 @@ def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Com
 def _write_runs(table: pd.DataFrame, left_out: list[LeftOut], out: Path) -> tuple[list[Path], str]:
     """Write the main table and picture; returns the files, and the picture as SVG text."""
     write_text(out / TABLE_FILE, table.to_csv(index=False, lineterminator="\n"))
-    write_text(out / "table.md", page.markdown(to_markdown(table), left_out))
+    write_text(out / "table.md", page.markdown(table, left_out))
     pictures = plots.write(table, out)
     svg = (out / f"{plots.NAME}.svg").read_text(encoding="utf-8")
     return [out / TABLE_FILE, out / "table.md", *pictures], svg

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dynroute.report import papers
 from dynroute.report.papers import PaperTable
 from dynroute.report.read import LeftOut
-from dynroute.report.tables import WORDS, cells
+from dynroute.report.tables import WORDS, cells, to_markdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,10 @@ NOTES = (
     "top-1: mean +- sample standard deviation (number of seeds). n=1: a single run, its spread unknown.",
     "vs static: top-1 less that of the static nets at the same share, in points, on the straight line "
     "between the two neighbouring static nets, or those of a single one within 0.02 of that share. Empty elsewhere.",
+)
+CONTROL_NOTES = (
+    "control: made from the routes of the row above, on the same images. shuffled: handed to other images; random: drawn "
+    "unit by unit at the same rates; both charged for the router. most_common: one route for all, a static net.",
 )
 PAPER_NOTES = (
     "certainty. seen: in the authors' own text, poster or code. second-hand: quoted by others. "
@@ -45,15 +49,20 @@ def render(table: pd.DataFrame, left_out: Sequence[LeftOut], svg: str, reported:
     )
     picture = Markup(svg[svg.index("<svg") :]) if svg else ""  # matplotlib escapes the names in it
     shown = [(paper.name, paper.caption, papers.cells(paper)) for paper in reported]
-    notes = (*(NOTES if svg else ()), *(PAPER_NOTES if reported else ()))
+    notes = (*(run_notes(table) if svg else ()), *(PAPER_NOTES if reported else ()))
     names = {"words": WORDS, "left_out": left_out, "picture": picture, "papers": shown, "notes": notes}
     return template.render(rows=cells(table) if svg else [], **names) + "\n"
 
 
-def markdown(table_text: str, left_out: Sequence[LeftOut]) -> str:
+def run_notes(table: pd.DataFrame) -> tuple[str, ...]:
+    """How to read the main table."""
+    return (*NOTES, *(CONTROL_NOTES if (table["control"] != "").any() else ()))
+
+
+def markdown(table: pd.DataFrame, left_out: Sequence[LeftOut]) -> str:
     """The Markdown table with the same notes under it."""
     missing = [f"- left out: {path}: {reason}".replace("<", "&lt;") for path, reason in left_out]
-    return "\n".join([table_text, "", *(f"- {note}" for note in NOTES), *missing]) + "\n"
+    return "\n".join([to_markdown(table), "", *(f"- {note}" for note in run_notes(table)), *missing]) + "\n"
 
 
 def papers_markdown(reported: Sequence[PaperTable]) -> str:

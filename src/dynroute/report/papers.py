@@ -105,6 +105,8 @@ def _reproduced(paper: Row, share: float | None, runs: list[Row]) -> Row | None:
 
 
 def _matches(paper: Row, share: float | None, run: Row) -> bool:
+    if run["control"]:
+        return False
     whole, target = paper["method"].startswith(WHOLE), run["flops_target"]
     wanted = {**paper, "method": STATIC if whole else OURS.get(paper["method"])}
     if any(run[name] != wanted[name] for name in ("dataset", "backbone", "method")):

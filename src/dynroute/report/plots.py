@@ -53,7 +53,11 @@ class Look(NamedTuple):
 
 
 def points(table: pd.DataFrame) -> pd.DataFrame:
-    """The numbers behind the picture. share_p5, share_p95: the cost of the images at those percentiles."""
+    """The numbers behind the picture. share_p5, share_p95: the cost of the images at those percentiles.
+
+    Controls are left out: they are no points of their method's curve.
+    """
+    table = table[table["control"] == ""]
     dense = table["macs_mean"] / table["macs_share"]
     drawn = table.assign(
         series=[_series(method, label) for method, label in zip(table["method"], table["label"], strict=True)],

@@ -45,6 +45,9 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], list[LeftOut]]:
         if len(usable) < len(rows):
             reason = f"{len(rows) - len(usable)} of {len(rows)} test rows have no number for {' or '.join(NEEDED)}"
             left_out.append(LeftOut(_shown(file), reason))
+        usable, orphans = _with_their_net(usable)
+        if orphans:
+            left_out.append(LeftOut(_shown(file), f"{orphans} controls without the row they were made from"))
         found += [(file, row) for row in usable]
     rows, repeats = _one_per_seed(found)
     left_out += repeats
@@ -101,12 +104,23 @@ def _test_rows(file: Path) -> list[Row]:
     return tested
 
 
+def _with_their_net(rows: list[Row]) -> tuple[list[Row], int]:
+    """The rows less those controls whose net's own row is not among them, and how many those are."""
+    settings = {_setting(row) for row in rows if not row["control"]}
+    kept = [row for row in rows if _setting(row) in settings]
+    return kept, len(rows) - len(kept)
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return (*(row[k] for k in ("method", "backbone", "dataset", "flops_target", "seed")), identity(row))
+
+
 def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOut]]:
     """Keep the last of the rows alike in setting and seed: counted twice, they would pass for two seeds."""
     kept: dict[tuple[Any, ...], tuple[Path, Row]] = {}
     repeats: dict[LeftOut, None] = {}
     for file, row in found:
-        key = (*(row[k] for k in ("method", "backbone", "dataset", "flops_target", "seed")), identity(row))
+        key = (*_setting(row), row["control"])
         if key in kept and repr(kept[key][1]) != repr(row):  # repr, since nan differs from itself
             reason = f"same configuration, seed and target as {_shown(file)}, which is shown in its place"
             repeats[LeftOut(_shown(kept[key][0]), reason)] = None

@@ -14,13 +14,15 @@ if TYPE_CHECKING:  # pandas and rich take a while to import, and most commands n
 
 STATIC = "static"
 TOLERANCE = 0.02  # a target is reached when the share lies this near
-GROUP = ["method", "backbone", "dataset", "identity", "flops_target"]
+SETTING = ["method", "backbone", "dataset", "identity", "flops_target"]
+GROUP = [*SETTING, "control"]
 PLACE = ["dataset", "backbone"]  # rows are comparable within one
 LATENCY_SETTING = ["latency_batch", "latency_threads", "latency_device", "machine"]
 COLUMNS = (
     *(
         "method",
         "label",
+        "control",
         "backbone",
         "dataset",
         "flops_target",
@@ -39,6 +41,8 @@ FLOPS = "FLOPs (multiply-adds)"
 def build(rows: list[Row]) -> pd.DataFrame:
     """The main table: one line per method, setting and target, pooled over seeds. Columns: see COLUMNS.
 
+    The controls made from a line's own routes (column control) stand under it.
+
     top1_std: sample standard deviation over seeds, empty for one. reached: share within 0.02 of the target.
     static_top1: see `add_static`. vs_static: top1 - static_top1, in points of a percent.
     """
@@ -51,7 +55,8 @@ def build(rows: list[Row]) -> pd.DataFrame:
     table["label"] = _labels(table)
     add_static(table)
     table["other"] = table["method"] != STATIC  # sorts static first
-    order = [*PLACE, "other", "method", "label", "macs_share", "flops_target", "identity"]
+    table["setting_share"] = table.groupby(SETTING, dropna=False)["macs_share"].transform("first")  # the net's own
+    order = [*PLACE, "other", "method", "label", "setting_share", "flops_target", "identity", "control"]
     return table.sort_values(order, ignore_index=True)[list(COLUMNS)].astype({"n": "Int64", "params": "Int64"})
 
 
@@ -65,6 +70,7 @@ def empty() -> pd.DataFrame:
 def _pool(part: pd.DataFrame) -> dict[str, Any]:
     """One line of the table from the rows of its seeds."""
     target, share = part["flops_target"].iloc[0], part["macs_share"].mean()
+    asked = target == target and not part["control"].iloc[0]  # nan: no target; controls are not asked to meet one
     same_clock = len(part[LATENCY_SETTING].drop_duplicates()) == 1  # times of two machines have no mean
     return {
         **{name: part[name].mean() for name in MEANS},
@@ -73,7 +79,7 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "n_seeds": len(part),
         "n": part["n"].min(),
         "params": part["params"].max(),
-        "reached": None if target != target else bool(abs(share - target) <= TOLERANCE + 1e-9),
+        "reached": bool(abs(share - target) <= TOLERANCE + 1e-9) if asked else None,
         "latency_ms_p50": part["latency_ms_p50"].mean() if same_clock else float("nan"),
         "speedup": part["speedup"].mean() if same_clock else float("nan"),
         "seeds": _join(f"{seed:.0f}" for seed in sorted(part["seed"])),
@@ -130,6 +136,7 @@ def _on_chord(share: float, shares: list[float], top1s: list[float]) -> float:
 CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "method": lambda r: r["method"],
     "run": lambda r: r["label"] if r["label"] != r["method"] else "",
+    "control": lambda r: r["control"],
     "backbone": lambda r: r["backbone"],
     "dataset": lambda r: r["dataset"],
     "target": lambda r: _number(r["flops_target"], ".2f"),
@@ -143,7 +150,7 @@ CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "speed-up": lambda r: _number(r["speedup"], ".2f", "x"),
     "epochs": lambda r: _number(r["epochs"], "g"),
 }
-WORDS = frozenset({"method", "run", "backbone", "dataset", "certainty"})  # aligned left, numbers right
+WORDS = frozenset({"method", "run", "control", "backbone", "dataset", "certainty"})  # aligned left, numbers right
 TITLE = ("dataset", "backbone", "epochs")  # a terminal is narrow
 
 
