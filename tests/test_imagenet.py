@@ -136,7 +136,11 @@ def test_the_fast_run_folds_the_head_too() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet50", {"unit": "paths"}, r"^backbone\.unit=paths is not there for resnet50 yet \(choices: channels, choice\)"),
+        (
+            "resnet50",
+            {"unit": "paths"},
+            r"^backbone\.unit=paths is not there for resnet50 yet \(choices: channels, choice\)",
+        ),
         ("mobilenet_v2", {"unit": "paths"}, r"^backbone\.unit=paths is not there for mobilenet_v2"),
         ("mobilenet_v2", {"width": 32}, r"^backbone\.width: mobilenet_v2 comes in one width"),
         ("mobilenet_v2", {"parts": 97}, r"^backbone\.parts must not exceed 96"),

@@ -172,6 +172,13 @@ def channel_mask(keep_BG: Tensor, sizes: Sequence[int]) -> Tensor:
     return keep_BG.repeat_interleave(sizes_G, dim=1, output_size=sum(sizes))[:, :, None, None]
 
 
+def common_width(keep_BG: Tensor) -> int | None:
+    """How many parts every image keeps, if all keep as many; else None."""
+    width_B = keep_BG.sum(1)
+    width = int(width_B[0])
+    return width if bool((width_B == width).all()) else None
+
+
 def sliced_conv(conv: nn.Conv2d, outputs: slice, inputs: slice) -> nn.Conv2d:
     """A smaller convolution with the weights of the given output and input channels, bias included.
 

@@ -20,6 +20,7 @@ from dynroute.units.base import (
     Weights,
     WidthNorm,
     channel_mask,
+    common_width,
     folded_conv,
     make_shortcut,
     sliced_conv,
@@ -222,13 +223,6 @@ class PathBasic(BasicUnit):
             conv.weight.copy_(weight)  # type: ignore[operator]
             for key, value in bn2.items():
                 getattr(norm, key).copy_(value / len(self.sizes) if key in ("bias", "running_mean") else value)
-
-
-def common_width(keep_BG: Tensor) -> int | None:
-    """How many parts every image keeps, if all keep as many; else None."""
-    width_B = keep_BG.sum(1)
-    width = int(width_B[0])
-    return width if bool((width_B == width).all()) else None
 
 
 BASIC: dict[str, type[BasicUnit] | type[ChoiceBasic]] = {

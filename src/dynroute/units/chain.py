@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
-from dynroute.units.base import Unit, Weights, WidthNorm, sliced_conv, sliced_norm, tensors
+from dynroute.units.base import Unit, Weights, WidthNorm, common_width, sliced_conv, sliced_norm, tensors
 from dynroute.units.ranking import best_first
 
 
@@ -56,6 +56,10 @@ class ConvUnit(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None, above_BG: Tensor | None = None) -> Tensor:
         """The masked run; both keeps must be prefixes of ones. above_BG: the keep of the unit read; None: all of it."""
+        kept = None if keep_BG is None or keep_BG.requires_grad else common_width(keep_BG[:, : len(self.sizes)])
+        read = len(self.sizes_in) if above_BG is None else common_width(above_BG[:, : len(self.sizes_in)])
+        if self.norm is None and kept and read is not None:
+            return self._uniform(x_BCHW, kept, read)
         y = self.conv(x_BCHW)
         if self.norm is not None:
             y = self.norm(y, None if above_BG is None else above_BG.detach().sum(1).long())
@@ -67,6 +71,16 @@ class ConvUnit(Unit):
         sizes = torch.tensor(self.sizes, device=keep_BG.device)
         mask_BC = keep_BG[:, : len(self.sizes)].repeat_interleave(sizes, dim=1, output_size=sum(self.sizes))
         return y * mask_BC[:, :, None, None].to(y.dtype)
+
+    def _uniform(self, x_BCHW: Tensor, kept: int, read: int) -> Tensor:
+        """All images at one width, behind one width: a static chain trains at its own cost."""
+        outputs, inputs = sum(self.sizes[:kept]), sum(self.sizes_in[:read]) or self.spec.in_channels
+        weight, bias = self.conv.weight[:outputs, :inputs], self.conv.bias
+        assert bias is not None
+        y = F.relu(F.conv2d(x_BCHW[:, :inputs], weight, bias[:outputs], padding=1))
+        if self.pool is not None:
+            y = self.pool(y)
+        return F.pad(y, (0, 0, 0, 0, 0, sum(self.sizes) - outputs))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The first kept output channels from the first kept input channels; zeros stand for the other outputs."""
