@@ -372,4 +372,4 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         net.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[1:2] or [str(error)]
-        raise InputError(f"{path} does not fit this architecture: {reason[0].strip()}") from None
+        raise InputError(f"{path} does not fit this architecture: {reason[0].strip()[:200]}") from None

@@ -48,7 +48,7 @@ def _start(backbone: Backbone, options: BackboneOptions) -> None:
     path = _checkpoint(Path(str(options.weights)))
     content = load_tensors(path)
     if isinstance(content, dict) and "format" in content:
-        source, config, _ = restore(path)
+        source, config, _ = restore(path, router=False)
         dense = config.router_name == "static" and config.router.width == 1.0
         if not dense and dataclasses.replace(config.backbone, weights=options.weights, rank=options.rank) == options:
             load_weights(backbone, source.backbone.state_dict(), path)
@@ -94,7 +94,7 @@ def dense_state(path: Path) -> dict[str, torch.Tensor]:
     """A plain dense state dict, from a file of one or from a checkpoint of this program. Raises InputError."""
     content = load_tensors(path)
     if isinstance(content, dict) and "format" in content:
-        source = restore(path)[0].backbone
+        source = restore(path, router=False)[0].backbone
         return source.dense_state()
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -103,8 +103,11 @@ def dense_state(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def restore(path: Path) -> tuple[RoutedNet, Config, dict[str, Any]]:
-    """The trained net of a checkpoint, its configuration, and the checkpoint. Needs no data."""
+def restore(path: Path, router: bool = True) -> tuple[RoutedNet, Config, dict[str, Any]]:
+    """The trained net of a checkpoint, its configuration, and the checkpoint. Needs no data.
+
+    router: false leaves the router as made, where only the backbone is wanted (a router of an older version may not fit).
+    """
     content = load_checkpoint(path)
     trained = trained_as(content, path)
     meta = content["meta"]
@@ -116,7 +119,12 @@ def restore(path: Path) -> tuple[RoutedNet, Config, dict[str, Any]]:
         raise InputError(f"{path} does not say what it was trained on: written by another program") from None
     config = dataclasses.replace(trained, backbone=dataclasses.replace(trained.backbone, weights=None))
     net = build(config, spec)
-    load_weights(net, content["model"], path)
+    state = content["model"]
+    if router:
+        load_weights(net, state, path)
+    else:
+        own = "backbone."
+        load_weights(net.backbone, {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}, path)
     return net, trained, content
 
 
