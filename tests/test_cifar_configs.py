@@ -1,0 +1,88 @@
+"""The CIFAR configurations: the three stages of RNP's recipe follow one another, and every row starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dynroute.cli import main
+from dynroute.config import load_config
+from dynroute.records import read_rows
+from dynroute.runs import restore
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+SMALL = ["optim.batch_size=32", "optim.amp=none", "device=cpu", "threads=1"]
+STAGES = {"baseline": ["router.epochs=1"], "widths": ["router.widths_epochs=1"], "rnp": ["router.joint_epochs=1"]}
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Seventy training images (64 after calibration: two steps) and ten test images under CIFAR's names."""
+    root, draw = tmp_path_factory.mktemp("cifar"), np.random.default_rng(0)
+    paths = {}
+    for name, classes in (("cifar10", 10), ("cifar100", 100)):
+        sizes = {"train": 70, "test": 10}
+        content = {f"{s}_images": draw.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for s, n in sizes.items()}
+        content |= {f"{s}_labels": draw.integers(0, classes, n) for s, n in sizes.items()}
+        paths[name] = root / f"{name}.npz"
+        np.savez(paths[name], **content)
+    return paths
+
+
+def start(path: Path, data: Path, out: Path, *words: str) -> list[str]:
+    """Train a configuration for an epoch of two steps in each of its phases; the phases of train.csv."""
+    assert main(["train", "-c", str(path), f"data.path={data}", *SMALL, *words, "--out", str(out)]) == 0
+    return [row["phase"] for row in read_rows(out / "train.csv")]
+
+
+def test_the_stages_of_the_authors_recipe_follow_one_another(arrays: dict[str, Path], tmp_path: Path) -> None:
+    seen, before = {}, ["backbone.width=8"]
+    for name, epochs in STAGES.items():
+        words = [*before, *epochs, "router.hidden=8"] if name == "rnp" else [*before, *epochs]
+        seen[name] = start(EXPERIMENTS / "cifar100" / f"{name}.yaml", arrays["cifar100"], tmp_path / name, *words)
+        before = ["backbone.width=8", f"backbone.weights={tmp_path / name}"]
+    assert seen == {"baseline": ["train"], "widths": ["widths"], "rnp": ["joint"]}
+    net, config, _ = restore(tmp_path / "rnp" / "last.pt")
+    assert config.router.charge == [0.1] and config.router.alpha == 1.0 and config.router.action_cost == "index"
+    assert main(["eval", str(tmp_path / "rnp"), "--flops-target", "0.5"]) in (0, 3)
+    assert float(read_rows(tmp_path / "rnp" / "train.csv")[0]["note_alpha"]) == 1.0
+    # stage 2 ranked the filters of stage 1: the first routed layer holds the same filters in another order
+    dense, ranked = (
+        restore(tmp_path / n / "last.pt")[0].backbone.routable[0].conv.weight for n in ("baseline", "widths")
+    )
+    assert not torch.allclose(dense, ranked, atol=1e-2)  # type: ignore[arg-type]
+    norms = [w.flatten(2).norm(dim=2).mean(1).sort().values for w in (dense, ranked)]  # type: ignore[operator]
+    assert torch.allclose(*norms, atol=1e-2)
+
+
+VANILLA = sorted((EXPERIMENTS / "cifar100").glob("vanilla_*.yaml")) + sorted(
+    (EXPERIMENTS / "conv4").glob("vanilla_*.yaml")
+)
+
+
+@pytest.mark.parametrize("path", VANILLA, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_vanilla_nets_cost_what_their_names_say(path: Path) -> None:
+    from dynroute.data import known_spec
+    from dynroute.runs import build
+
+    config = load_config(path)
+    spec = known_spec(config.data)
+    assert spec is not None
+    net = build(config, spec).eval()
+    with torch.no_grad():
+        share = float(net(torch.zeros(1, 3, 32, 32)).macs_B) / net.cost.dense
+    assert share == pytest.approx(int(path.stem.removeprefix("vanilla_")) / 100, abs=0.012)
+
+
+@pytest.mark.parametrize("name", ["start", "vanilla_17", "rnp"])
+def test_the_four_conv_rows_start(name: str, arrays: dict[str, Path], tmp_path: Path) -> None:
+    words = [
+        "backbone.width=8",
+        *(["backbone.weights=null", "optim.teacher=null", "router.hidden=8"] if name == "rnp" else []),
+    ]
+    words += ["router.joint_epochs=1"] if name == "rnp" else ["router.epochs=1"]
+    phases = start(EXPERIMENTS / "conv4" / f"{name}.yaml", arrays["cifar10"], tmp_path / "run", *words)
+    assert phases == (["widths", "agent1", "joint"] if name == "rnp" else ["train"])
