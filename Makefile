@@ -1,14 +1,17 @@
 # make demo    train DMNN and RNP on the embedded data and compare them with the static net of the same cost
 # make test    the test suite          make check   format, lint, types, tests
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
+# make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
-TARGETS := --flops-target 0.4 --flops-target 0.6 --flops-target 0.8
 CIFAR10 := dense static_60 rnr dmnn rnp static_40 static_80 given
 
-.PHONY: demo test lint check format slow coverage cifar10 table clean
+CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_100
+CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
+
+.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 table clean
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -45,17 +48,29 @@ format: .venv/ready
 	$(BIN)/ruff format src tests experiments
 	$(BIN)/ruff check --fix src tests experiments
 
-# Each run resumes where it was stopped; a finished one is only evaluated again.
+# $(call rows,folder,names,targets): train, evaluate and keep the CSV of each. A run resumes where it was stopped; a finished
+# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled.
+define rows
+@for name in $(2); do \
+  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml data.path=$(DATA) --out runs/$(1)/$$name --resume && \
+  case $$name in \
+    rn*|dmnn*|multipath|cascade*) \
+      $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \
+    *) $(BIN)/dynroute eval runs/$(1)/$$name ;; \
+  esac && \
+  mkdir -p experiments/results/$(1) && cp runs/$(1)/$$name/eval.csv experiments/results/$(1)/$$name.csv || exit 1; \
+done
+endef
+
 cifar10: .venv/ready
-	@for name in $(CIFAR10); do \
-	  $(BIN)/dynroute train -c experiments/cifar10/$$name.yaml data.path=$(DATA) --out runs/cifar10/$$name --resume && \
-	  case $$name in \
-	    dense|given|static_*) $(BIN)/dynroute eval runs/cifar10/$$name ;; \
-	    *) $(BIN)/dynroute eval runs/cifar10/$$name $(TARGETS) || test $$? -eq 3 ;; \
-	  esac && \
-	  mkdir -p experiments/results/cifar10 && cp runs/cifar10/$$name/eval.csv experiments/results/cifar10/$$name.csv || exit 1; \
-	done
+	$(call rows,cifar10,$(CIFAR10),0.4 0.5 0.6 0.8)
 	@$(MAKE) table
+
+conv4: .venv/ready
+	$(call rows,conv4,$(CONV4),0.18 0.23 0.31 0.61 0.87 0.95)
+
+cifar100: .venv/ready
+	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
 
 # The README's table, from the CSVs.
 table: .venv/ready

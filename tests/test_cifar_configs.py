@@ -10,8 +10,9 @@ import torch
 
 from dynroute.cli import main
 from dynroute.config import load_config
+from dynroute.data import known_spec
 from dynroute.records import read_rows
-from dynroute.runs import restore
+from dynroute.runs import build, restore
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SMALL = ["optim.batch_size=32", "optim.amp=none", "device=cpu", "threads=1"]
@@ -45,7 +46,7 @@ def test_the_stages_of_the_authors_recipe_follow_one_another(arrays: dict[str, P
         seen[name] = start(EXPERIMENTS / "cifar100" / f"{name}.yaml", arrays["cifar100"], tmp_path / name, *words)
         before = ["backbone.width=8", f"backbone.weights={tmp_path / name}"]
     assert seen == {"baseline": ["train"], "widths": ["widths"], "rnp": ["joint"]}
-    net, config, _ = restore(tmp_path / "rnp" / "last.pt")
+    config = restore(tmp_path / "rnp" / "last.pt")[1]
     assert config.router.charge == [0.1] and config.router.alpha == 1.0 and config.router.action_cost == "index"
     assert main(["eval", str(tmp_path / "rnp"), "--flops-target", "0.5"]) in (0, 3)
     assert float(read_rows(tmp_path / "rnp" / "train.csv")[0]["note_alpha"]) == 1.0
@@ -58,16 +59,11 @@ def test_the_stages_of_the_authors_recipe_follow_one_another(arrays: dict[str, P
     assert torch.allclose(*norms, atol=1e-2)
 
 
-VANILLA = sorted((EXPERIMENTS / "cifar100").glob("vanilla_*.yaml")) + sorted(
-    (EXPERIMENTS / "conv4").glob("vanilla_*.yaml")
-)
+VANILLA = [path for name in ("cifar100", "conv4") for path in sorted((EXPERIMENTS / name).glob("vanilla_*.yaml"))]
 
 
 @pytest.mark.parametrize("path", VANILLA, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_vanilla_nets_cost_what_their_names_say(path: Path) -> None:
-    from dynroute.data import known_spec
-    from dynroute.runs import build
-
     config = load_config(path)
     spec = known_spec(config.data)
     assert spec is not None
@@ -79,10 +75,13 @@ def test_vanilla_nets_cost_what_their_names_say(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["start", "vanilla_17", "rnp"])
 def test_the_four_conv_rows_start(name: str, arrays: dict[str, Path], tmp_path: Path) -> None:
-    words = [
+    rnp = [
         "backbone.width=8",
-        *(["backbone.weights=null", "optim.teacher=null", "router.hidden=8"] if name == "rnp" else []),
+        "backbone.weights=null",
+        "optim.teacher=null",
+        "router.hidden=8",
+        "router.joint_epochs=1",
     ]
-    words += ["router.joint_epochs=1"] if name == "rnp" else ["router.epochs=1"]
+    words = rnp if name == "rnp" else ["router.epochs=1"]
     phases = start(EXPERIMENTS / "conv4" / f"{name}.yaml", arrays["cifar10"], tmp_path / "run", *words)
     assert phases == (["widths", "agent1", "joint"] if name == "rnp" else ["train"])
