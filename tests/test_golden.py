@@ -27,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rnp": ONCE | {"pretrain_epochs": 0, "cnn_epochs": 1, "charge": [0.1]},
     "rnr": ONCE | {"pretrain_epochs": 1, "cnn_epochs": 0, "charge": [0.0, 0.3]},
     "dmnn": {"epochs": 4},
+    "cascade": {"epochs": 2},
 }
 # loss of each epoch
 GOLDEN = {
@@ -35,6 +36,7 @@ GOLDEN = {
     "rnp": [2.361375, 2.047565, 2.380365, 4.291944],
     "rnr": [2.389469, 2.377311, 3.63032, 6.233628],
     "dmnn": [3.539721, 3.197257, 3.029282, 2.822403],
+    "cascade": [2.383602, 2.32524, 2.381699, 2.302491],
 }
 
 

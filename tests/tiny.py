@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynroute import backbones
 from dynroute.backbones import BACKBONES, Backbone, BackboneOptions
 from dynroute.contracts import UnitSpec
 from dynroute.data import DataSpec
 from dynroute.net import RoutedNet
 from dynroute.routers import ROUTERS, Router
+from dynroute.routers.cascade import CascadeRouter, log_odds
 from dynroute.routers.gates import GateRouter
 from dynroute.routers.qlearn import QRouter
 from dynroute.testing import shake
@@ -22,7 +24,7 @@ SPEC = DataSpec("tiny", 16, 10, tuple("abcdefghij"), superclasses=2, superclass_
 PAIRS = [
     (name, unit) for name, method in ROUTERS.items() for unit in ("channels", "paths") if method.unit in ("any", unit)
 ]
-PAIRS.append(("dmnn", "channels"))  # gates sorted into a prefix
+PAIRS += [("cascade", "cascade"), ("dmnn", "channels")]  # the latter: gates sorted into a prefix
 
 
 def make_backbone(
@@ -35,7 +37,7 @@ def make_backbone(
 ) -> Backbone:
     """A backbone for 16-pixel images, not trained."""
     options = BackboneOptions(name, unit=unit, parts=parts, width=width, shortcut=shortcut).resolved(unit)
-    return BACKBONES[name](replace(SPEC, image_size=size), options)
+    return backbones.make_backbone(BACKBONES[name], replace(SPEC, image_size=size), options)
 
 
 def make_router(name: str, specs: Sequence[UnitSpec], superclasses: int = 0, **options: Any) -> Router:
@@ -68,6 +70,9 @@ def centre(router: Router, net: RoutedNet) -> None:
             norm.momentum = 1.0  # type: ignore[assignment]
         router.train()
         net(pictures(64))
+    if isinstance(router, CascadeRouter):
+        alone = torch.eye(2)[0].view(1, 2, 1).expand(64, -1, -1)
+        router.threshold = float(log_odds(net(pictures(64), alone).logits_BK).median())
     if isinstance(router, GateRouter):
         logits_UG = net(pictures(64)).trace.notes["logits"].mean(0)
         for gate, logits_G in zip(router.gates, logits_UG, strict=True):

@@ -91,8 +91,11 @@ class Config:
             del values[key]
         values["data"].pop("path")
         values["data"].pop("workers")
-        if values["backbone"]["weights"]:
-            values["backbone"]["weights"] = Path(values["backbone"]["weights"]).name
+        body = values["backbone"]
+        if body["weights"]:
+            body["weights"] = Path(body["weights"]).name
+        body["nets"] = [Path(run).name for run in body["nets"]]
+        values["backbone"] = {k: v for k, v in body.items() if v != []}  # lists not used leave hashes as they were
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def _classes(self) -> dict[str, type]:
@@ -219,8 +222,8 @@ def _build(section: str, cls: type, values: dict[str, Any], source: str) -> Any:
 
 def _spoken(full: str, name: str) -> str:
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    if "list[float]" in full:
-        return "a list of numbers"
+    if "list[" in full:
+        return "a list of numbers" if "float" in full else "a list of names"
     return words.get(name, "text" if "str" in full else name)
 
 
@@ -258,7 +261,7 @@ def describe_fields() -> str:
         for f in dataclasses.fields(cls):
             key = f"{section}.{f.name}" if section else f.name
             lines += [
-                f"  {key} = {json.dumps(getattr(cls, f.name, None))}",
+                f"  {key} = {json.dumps(getattr(cls, f.name, [] if 'list' in str(f.type) else None))}",
                 f"      {sentences.get(f.name, '')}",
             ]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from dynroute.backbones.base import Backbone, BackboneOptions
+from dynroute.backbones.cascade import Cascade
 from dynroute.backbones.resnet_cifar import CifarResNet
 from dynroute.data import DataSpec
 
@@ -15,4 +16,10 @@ BACKBONES: dict[str, MakeBackbone] = {
     f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)
 }
 
-__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "CifarResNet", "MakeBackbone"]
+
+def make_backbone(make: MakeBackbone, data: DataSpec, options: BackboneOptions) -> Backbone:
+    """A backbone in the form its options (resolved) ask for; a cascade is made of two whole ones of any make."""
+    return Cascade(make, data, options) if options.unit == "cascade" else make(data, options)
+
+
+__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "Cascade", "CifarResNet", "MakeBackbone", "make_backbone"]

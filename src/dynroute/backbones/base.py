@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
 from dynroute.units import FORMS, Unit, Weights, tensors
 
-USUAL_PARTS = {"channels": 4, "paths": 2}
+USUAL_PARTS = {"channels": 4, "paths": 2, "cascade": 16}
+USUAL_WIDTHS = {"cascade": [0.25, 0.75]}
 
 
 @dataclass
@@ -23,13 +24,17 @@ class BackboneOptions:
     weights: str | None = None
     """Start from these weights: a run folder, a checkpoint of dynroute, or a plain state dict of the dense net."""
     unit: str = "auto"
-    """How a block is cut: channels (nested groups), paths (sub-blocks), or auto (what the router needs)."""
+    """How a block is cut: channels (nested groups), paths (sub-blocks); cascade: two whole nets; auto: what the router needs."""
     parts: int = 0
-    """Parts a block is cut into; 0: 4 groups of channels (RNP), or 2 sub-blocks (DMNN)."""
+    """Parts a block is cut into; 0: 4 groups of channels (RNP), 2 sub-blocks (DMNN), 16 groups in a cascade."""
     width: int = 0
     """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets)."""
     shortcut: str = "A"
     """Shortcut where shapes change: A (subsample and zero-pad, no cost) or B (1x1 projection)."""
+    widths: list[float] = field(default_factory=list)
+    """Widths, of 1: of the two nets of a cascade, the first one first; empty: 0.25 and 0.75."""
+    nets: list[str] = field(default_factory=list)
+    """Start a cascade from two runs of router.name=static, trained at its widths; with router.epochs=0 that is all."""
 
     def __post_init__(self) -> None:
         """Raise InputError on the first value out of range."""
@@ -45,7 +50,19 @@ class BackboneOptions:
     def resolved(self, needed: str) -> BackboneOptions:
         """The same with nothing left to choose; needed: the unit form of the method, "any" where all will do."""
         unit = self.unit if self.unit != "auto" else {"any": "channels"}.get(needed, needed)
-        return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width or 4096))
+        self._check_widths(unit)
+        widths = list(self.widths or USUAL_WIDTHS.get(unit, []))
+        return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width or 4096), widths=widths)
+
+    def _check_widths(self, unit: str) -> None:
+        """Raise InputError where widths or nets do not suit the form."""
+        if self.widths and unit not in USUAL_WIDTHS:
+            raise InputError(f"backbone.widths is for backbone.unit={' or '.join(USUAL_WIDTHS)}, not {unit}")
+        if self.nets and (unit != "cascade" or len(self.nets) != 2):
+            raise InputError("backbone.nets names the two runs of a cascade (router.name=cascade)")
+        rising = len(self.widths) == 2 and 0 < self.widths[0] <= self.widths[1] <= 1
+        if unit == "cascade" and self.widths and not rising:
+            raise InputError(f"backbone.widths of a cascade are two rising shares, 0 < w <= 1, not {self.widths}")
 
     def wide(self, own: int) -> int:
         """The width to build, `own` being the net's own. Raises InputError where the parts would not fit into it."""
@@ -84,6 +101,10 @@ class Backbone(nn.Module):
     def terms(self) -> list[CostTerms]:
         """The cost of each unit."""
         return [unit.cost_terms() for unit in self.routable]
+
+    def dense_net(self) -> Backbone:
+        """The backbone whose units with all parts kept are the dense net, against which time is measured."""
+        return self
 
     def plain(self) -> dict[str, nn.Module]:
         """The layers of stem and head that hold weights, under their names in the plain dense net."""

@@ -26,7 +26,9 @@ class Cascade(Backbone):
     ) -> None:
         super().__init__()
         if data.classes > data.image_size**2:
-            raise InputError(f"a cascade needs as many pixels as classes: {data.image_size} x {data.image_size} are few")
+            raise InputError(
+                f"a cascade needs as many pixels as classes: {data.image_size} x {data.image_size} are few"
+            )
         inner = replace(options, unit="channels", widths=[], nets=[])
         self.nets = [make(data, inner) for _ in options.widths]
         self.stem, self.head = Blank(), ReadAnswer(data.classes)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynroute.contracts import Decision, UnitSpec
+from dynroute.contracts import Decision, UnitSpec, spread
 from dynroute.routers.base import Net, Phase, Router, State, cross_entropy, legal, ranged, stacked
 
 
@@ -48,11 +48,7 @@ class RandomOptions:
 
 
 class StaticRouter(Router):
-    """The same keep for every image. The dial narrows: at price p a share width - p of the parts runs.
-
-    A width between two whole numbers of parts is spread over the units (unit u keeps floor((u+1) w) - floor(u w) parts,
-    w in parts), so that any mean share can be had to within one part of one unit. Ours.
-    """
+    """The same keep for every image. The dial narrows: at price p a share width - p of the parts runs (see `spread`)."""
 
     price_limits = (-1.0, 1.0)
 
@@ -63,8 +59,7 @@ class StaticRouter(Router):
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
         """The first so many parts of unit u, for all images."""
         spec = self.specs[u]
-        parts = min(max(self.width - self.price, 0.0), 1.0) * spec.parts + 1e-9
-        kept = int((u + 1) * parts) - int(u * parts)
+        kept = spread(min(max(self.width - self.price, 0.0), 1.0), spec.parts, u)
         row_G = (torch.arange(spec.parts, device=x_BCHW.device) < kept).float()
         return Decision(legal(row_G.expand(len(x_BCHW), -1), spec), {}), state
 

@@ -22,8 +22,9 @@ from dynroute.units.base import (
     tensors,
 )
 from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic, contribution
+from dynroute.units.whole import Blank, ReadAnswer, WholeNet, answer
 
-FORMS = ("channels", "paths")
+FORMS = ("channels", "paths", "cascade")
 
 __all__ = [
     "BASIC",
@@ -31,14 +32,18 @@ __all__ = [
     "FORMS",
     "STATISTICS",
     "BasicUnit",
+    "Blank",
     "GroupedBasic",
     "PathBasic",
+    "ReadAnswer",
     "Reorder",
     "Residual",
     "Subsample",
     "Unit",
     "Weights",
+    "WholeNet",
     "WidthNorm",
+    "answer",
     "contribution",
     "even_split",
     "folded_conv",
