@@ -37,9 +37,10 @@ def test_the_cost_of_any_route_is_what_the_narrowed_net_executes(
 @pytest.mark.parametrize("name", sorted({name for name, _ in PAIRS}))
 def test_the_router_is_part_of_the_bill(name: str) -> None:
     net = make_net(name, dict(PAIRS)[name])
-    learned = name not in ("static", "random")
+    learned = name not in ("static", "random", "cascade")
     assert (net.cost.router > 0) == learned
-    assert float(net.cost(net.dense_routes(1))) == net.cost.dense + net.router.macs()
+    if name != "cascade":  # all of whose parts are two nets
+        assert float(net.cost(net.dense_routes(1))) == net.cost.dense + net.router.macs()
 
 
 # --- pairs: a convolution that shrinks on both sides -----------------------------------------------------------

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynroute import backbones
 from dynroute.backbones import BACKBONES, Backbone, BackboneOptions
 from dynroute.contracts import UnitSpec
 from dynroute.data import DataSpec
 from dynroute.net import RoutedNet
 from dynroute.routers import ROUTERS, Router
+from dynroute.routers.cascade import CascadeRouter, log_odds
 from dynroute.routers.gates import GateRouter
 from dynroute.routers.qlearn import QRouter
 from dynroute.testing import shake
@@ -23,10 +25,10 @@ SPEC = DataSpec("tiny", 16, 10, tuple("abcdefghij"), superclasses=2, superclass_
 PAIRS = [
     (name, unit)
     for name, method in ROUTERS.items()
-    for unit in FORMS
+    for unit in FORMS[:-1]  # a cascade is for its own router
     if method.unit == "any" or unit in (method.unit, *method.also)
 ]
-PAIRS.append(("dmnn", "channels"))  # gates sorted into a prefix
+PAIRS += [("cascade", "cascade"), ("dmnn", "channels")]  # the latter: gates sorted into a prefix
 
 
 def make_backbone(
@@ -42,7 +44,8 @@ def make_backbone(
     options = BackboneOptions(name, unit=unit, parts=parts, width=width, shortcut=shortcut)
     if unit == "choice" and parts:
         options.widths = [(g + 1) / parts for g in range(parts)]
-    return BACKBONES[name](replace(SPEC, image_size=size, classes=classes), options.resolved(unit))
+    data = replace(SPEC, image_size=size, classes=classes)
+    return backbones.make_backbone(BACKBONES[name], data, options.resolved(unit))
 
 
 def make_router(name: str, specs: Sequence[UnitSpec], superclasses: int = 0, **options: Any) -> Router:
@@ -75,6 +78,9 @@ def centre(router: Router, net: RoutedNet) -> None:
             norm.momentum = 1.0  # type: ignore[assignment]
         router.train()
         net(pictures(64))
+    if isinstance(router, CascadeRouter):
+        alone = torch.eye(2)[0].view(1, 2, 1).expand(64, -1, -1)
+        router.threshold = float(log_odds(net(pictures(64), alone).logits_BK).median())
     if isinstance(router, GateRouter):
         logits_UG = net(pictures(64)).trace.notes["logits"].mean(0)
         for gate, logits_G in zip(router.gates, logits_UG, strict=True):

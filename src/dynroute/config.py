@@ -91,11 +91,12 @@ class Config:
             del values[key]
         values["data"].pop("path")
         values["data"].pop("workers")
-        for section, key in (("backbone", "weights"), ("optim", "teacher")):
-            if values[section][key]:
-                values[section][key] = Path(values[section][key]).name
-        if values["backbone"]["unit"] != "choice":
-            values["backbone"].pop("widths")  # without effect there
+        body = values["backbone"]
+        for section, key in ((body, "weights"), (values["optim"], "teacher")):
+            if section[key]:
+                section[key] = Path(section[key]).name
+        body["nets"] = [Path(run).name for run in body["nets"]]
+        values["backbone"] = {k: v for k, v in body.items() if v != []}  # lists not used leave hashes as they were
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def _classes(self) -> dict[str, type]:
@@ -223,8 +224,8 @@ def _build(section: str, cls: type, values: dict[str, Any], source: str) -> Any:
 
 def _spoken(full: str, name: str) -> str:
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    if "list[float]" in full:
-        return "a list of numbers"
+    if "list[" in full:
+        return "a list of numbers" if "float" in full else "a list of names"
     return words.get(name, "text" if "str" in full else name)
 
 

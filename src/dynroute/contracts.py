@@ -32,6 +32,16 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} {name!r}{hint} (choices: {', '.join(known) or 'none'})")
 
 
+def spread(width: float, parts: int, u: int) -> int:
+    """How many of unit u's parts run where a share `width` of all parts should, u counted from 0. Ours.
+
+    A width between two whole numbers of parts is spread over the units: unit u keeps floor((u+1) w) - floor(u w) parts,
+    w = width * parts, so that any mean share can be had to within one part of one unit.
+    """
+    wanted = width * parts + 1e-9
+    return int((u + 1) * wanted) - int(u * wanted)
+
+
 @dataclass(frozen=True)
 class UnitSpec:
     """What a router may know of one routable unit.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynroute.contracts import Batch, Output
 from dynroute.net import RoutedNet
+from dynroute.routers import Router
 from dynroute.skipping import FastNet
 
 TOLERANCE = 0.02  # a target is missed when the reached share is further away
@@ -161,15 +162,17 @@ class Latency:
 def latency(net: RoutedNet, images_BCHW: Tensor, batch: int = 1, repeats: int = 60) -> Latency:
     """Time routed and dense runs in turn, on the same images in the same executor, so that drift hits both."""
     fast, device = FastNet(net), images_BCHW.device
+    body = net.backbone.dense_net()
+    plain = FastNet(RoutedNet(body, Router(body.specs)).to(device))
     times: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(-5, repeats):  # the first five warm the caches
         start = turn * batch % max(len(images_BCHW) - batch + 1, 1)
         x = images_BCHW[start : start + batch].contiguous(memory_format=torch.channels_last)
         fast(x)  # narrow modules of this image's route are built outside the clock
         for dense in (False, True):
-            keep = net.dense_routes(len(x)).to(device) if dense else None
+            keep = plain.net.dense_routes(len(x)).to(device)
             before = _now(device)
-            fast(x, keep)
+            plain(x, keep) if dense else fast(x)
             if turn >= 0:
                 times[dense].append((_now(device) - before) * 1e3 / len(x))
     p50, dense_p50 = (float(torch.tensor(times[d]).median()) for d in (False, True))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dynroute import __version__, plugins
-from dynroute.backbones import Backbone, BackboneOptions
+from dynroute.backbones import Backbone, BackboneOptions, Cascade, make_backbone
 from dynroute.config import CONFIG_FILE, Config, from_text, load_config
 from dynroute.contracts import InputError
 from dynroute.controls import CONTROLS
@@ -33,9 +33,12 @@ LOG_FILE = "log.txt"
 def build(config: Config, spec: DataSpec) -> RoutedNet:
     """Backbone and router of a configuration, weights imported where it asks for them, seeded."""
     torch.manual_seed(config.top.seed)
-    backbone = plugins.find("backbone", config.backbone.name)(spec, config.backbone)
+    backbone = make_backbone(plugins.find("backbone", config.backbone.name), spec, config.backbone)
     if config.backbone.weights:
         _start(backbone, config.backbone)
+    if isinstance(backbone, Cascade) and config.backbone.nets:
+        for run, inner, width in zip(config.backbone.nets, backbone.nets, config.backbone.widths, strict=True):
+            _take_over(inner, Path(run), width, config)
     router = config.method.router(backbone.specs, config.router, spec.superclasses)
     return RoutedNet(backbone, router).to(memory_format=torch.channels_last)
 
@@ -90,6 +93,20 @@ def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teache
     return asked
 
 
+def _take_over(net: Backbone, run: Path, width: float, config: Config) -> None:
+    """Fill one net of a cascade from a trained static run. Raises InputError where it is another kind of run."""
+    source, trained, _ = restore(run / LAST)
+    if trained.router_name != "static":
+        raise InputError(f"backbone.nets: {run} is a run of router.name={trained.router_name}, not of static")
+    found, needed = (
+        f"{c.backbone.name} of {c.backbone.parts} {unit} on {c.data.name} at width {w:g}"
+        for c, unit, w in ((trained, trained.backbone.unit, trained.router.width), (config, "channels", width))
+    )
+    if found != needed:
+        raise InputError(f"backbone.nets: {run} is {found}, this cascade needs {needed}")
+    load_weights(net, source.backbone.state_dict(), run / LAST)
+
+
 def dense_state(path: Path) -> dict[str, torch.Tensor]:
     """A plain dense state dict, from a file of one or from a checkpoint of this program. Raises InputError."""
     content = load_tensors(path)
@@ -117,7 +134,7 @@ def restore(path: Path, router: bool = True) -> tuple[RoutedNet, Config, dict[st
         spec = DataSpec(**values)
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path} does not say what it was trained on: written by another program") from None
-    config = dataclasses.replace(trained, backbone=dataclasses.replace(trained.backbone, weights=None))
+    config = dataclasses.replace(trained, backbone=dataclasses.replace(trained.backbone, weights=None, nets=[]))
     net = build(config, spec)
     state = content["model"]
     if router:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from dynroute.backbones.base import Backbone, BackboneOptions
+from dynroute.backbones.cascade import Cascade
 from dynroute.backbones.mobilenet import MobileNetV2
 from dynroute.backbones.resnet import LAYOUTS, ResNet
 from dynroute.backbones.resnet_cifar import CifarResNet
@@ -28,4 +29,21 @@ BACKBONES |= {
     "vgg16_bn": partial(vgg16, norm=True),
 }
 
-__all__ = ["BACKBONES", "Backbone", "BackboneOptions", "Chain", "CifarResNet", "MakeBackbone", "MobileNetV2", "ResNet"]
+
+def make_backbone(make: MakeBackbone, data: DataSpec, options: BackboneOptions) -> Backbone:
+    """A backbone in the form its options (resolved) ask for; a cascade is made of two whole ones of any make."""
+    return Cascade(make, data, options) if options.unit == "cascade" else make(data, options)
+
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneOptions",
+    "Cascade",
+    "Chain",
+    "CifarResNet",
+    "MakeBackbone",
+    "MobileNetV2",
+    "ResNet",
+    "make_backbone",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -15,7 +14,8 @@ from dynroute.cost import CostTerms
 from dynroute.units import FORMS, RANKS, Unit, Weights, choice_sizes, even_split, tensors
 
 Kind = TypeVar("Kind")
-USUAL_PARTS = {"channels": 4, "paths": 2}
+USUAL_PARTS = {"channels": 4, "paths": 2, "cascade": 16}
+USUAL_WIDTHS = {"choice": [0.25, 0.5, 0.75, 1.0], "cascade": [0.25, 0.75]}
 
 
 @dataclass
@@ -27,11 +27,16 @@ class BackboneOptions:
     weights: str | None = None
     """Start from these weights: a run folder, a checkpoint of dynroute, or a plain state dict of the dense net."""
     unit: str = "auto"
-    """How a block is cut: channels (nested groups), paths (sub-blocks), choice (one of several), auto (what the router needs)."""
+    """How a block is cut: channels (nested groups), paths (sub-blocks), choice (one of several); cascade: two whole nets;
+    auto: what the router needs."""
     parts: int = 0
-    """Parts a block is cut into; 0: 4 groups of channels (RNP), 2 sub-blocks (DMNN), or an alternative for each of widths."""
-    widths: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
-    """Hidden width of each alternative (unit=choice), as a share of the block's. Ours."""
+    """Parts a block is cut into; 0: 4 groups of channels (RNP), 2 sub-blocks (DMNN), an alternative for each of widths, or 16
+    groups in a cascade."""
+    widths: list[float] = field(default_factory=list)
+    """Rising widths, of 1: hidden width of each alternative (unit=choice; empty: 0.25, 0.5, 0.75, 1), or of the two nets of a
+    cascade, the first one first (empty: 0.25, 0.75). Ours."""
+    nets: list[str] = field(default_factory=list)
+    """Start a cascade from two runs of router.name=static, trained at its widths; with router.epochs=0 that is all."""
     width: int = 0
     """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets, 64 for ImageNet's)."""
     shortcut: str = "A"
@@ -53,19 +58,28 @@ class BackboneOptions:
             raise InputError(f"backbone.width must lie between 0 and 4096, not {self.width}")
         if not 0 <= self.parts <= 4096:
             raise InputError(f"backbone.parts must lie between 0 and 4096, not {self.parts}")
-        if not self.widths or not all(a < b for a, b in pairwise([0.0, *self.widths])) or self.widths[-1] > 1:
+        if not all(0 < width <= 1 for width in self.widths) or sorted(self.widths) != self.widths:
             raise InputError(f"backbone.widths must rise from above 0 to at most 1, not {self.widths}")
 
     def resolved(self, needed: str) -> BackboneOptions:
         """The same with nothing left to choose; needed: the unit form of the method, "any" where all will do."""
         unit = self.unit if self.unit != "auto" else {"any": "channels"}.get(needed, needed)
+        self._check_widths(unit)
+        widths = list(self.widths or USUAL_WIDTHS.get(unit, []))
         if unit == "choice":
-            if self.parts not in (0, len(self.widths)):
-                raise InputError(
-                    f"backbone.parts must be 0 or {len(self.widths)}, as backbone.widths, not {self.parts}"
-                )
-            return replace(self, unit=unit, parts=len(self.widths))
-        return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width or 4096))
+            if self.parts not in (0, len(widths)):
+                raise InputError(f"backbone.parts must be 0 or {len(widths)}, as backbone.widths, not {self.parts}")
+            return replace(self, unit=unit, parts=len(widths), widths=widths)
+        return replace(self, unit=unit, parts=self.parts or min(USUAL_PARTS[unit], self.width or 4096), widths=widths)
+
+    def _check_widths(self, unit: str) -> None:
+        """Raise InputError where widths or nets do not suit the form."""
+        if self.widths and unit not in USUAL_WIDTHS:
+            raise InputError(f"backbone.widths is for backbone.unit={' or '.join(USUAL_WIDTHS)}, not {unit}")
+        if self.nets and (unit != "cascade" or len(self.nets) != 2):
+            raise InputError("backbone.nets names the two runs of a cascade (router.name=cascade)")
+        if unit == "cascade" and self.widths and len(self.widths) != 2:
+            raise InputError(f"backbone.widths of a cascade are two, not {self.widths}")
 
     def kind(self, kinds: Mapping[str, Kind]) -> Kind:
         """The units of the form asked for. Raises InputError where this net has no such units."""
@@ -116,6 +130,10 @@ class Backbone(nn.Module):
     def terms(self) -> list[CostTerms]:
         """The cost of each unit."""
         return [unit.cost_terms() for unit in self.routable]
+
+    def dense_net(self) -> Backbone:
+        """The backbone whose units with all parts kept are the dense net, against which time is measured."""
+        return self
 
     def plain(self) -> dict[str, nn.Module]:
         """The layers of stem and head that hold weights, under their names in the plain dense net."""

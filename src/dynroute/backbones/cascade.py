@@ -42,10 +42,10 @@ class Cascade(Backbone):
         return self.nets[1]
 
     @torch.no_grad()
-    def load_dense(self, state: dict[str, Tensor]) -> None:
+    def load_dense(self, state: dict[str, Tensor], rank: str = "auto") -> None:
         """Both nets start from the plain dense net. Raises InputError where names or shapes do not fit."""
         for net in self.nets:
-            net.load_dense(state)
+            net.load_dense(state, rank)
 
     def dense_state(self) -> dict[str, Tensor]:
         """None: raises InputError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynroute.routers import gates, qlearn, static
+from dynroute.routers import cascade, gates, qlearn, static
 from dynroute.routers.base import (
     NOTE,
     Method,
@@ -22,6 +22,13 @@ ROUTERS: dict[str, Method] = {
     ),
     "random": Method(
         static.RandomRouter, static.RandomOptions, static.phases, about="control: parts drawn at random at a rate"
+    ),
+    "cascade": Method(
+        cascade.CascadeRouter,
+        cascade.CascadeOptions,
+        cascade.phases,
+        "cascade",
+        "control: a narrow static net, then a wider one where the first is unsure",
     ),
     "rnp": Method(
         qlearn.QRouter,

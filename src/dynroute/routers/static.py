@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynroute.contracts import Decision, UnitSpec
+from dynroute.contracts import Decision, UnitSpec, spread
 from dynroute.routers.base import Net, Phase, Router, State, cross_entropy, legal, ranged, stacked
 
 
@@ -48,11 +48,7 @@ class RandomOptions:
 
 
 class StaticRouter(Router):
-    """The same keep for every image. The dial narrows: at price p a share width - p of the parts runs.
-
-    A width between two whole numbers of parts is spread over the units (unit u keeps floor((u+1) w) - floor(u w) parts,
-    w in parts), so that any mean share can be had to within one part of one unit. Ours.
-    """
+    """The same keep for every image. The dial narrows: at price p a share width - p of the parts runs (see `spread`)."""
 
     price_limits = (-1.0, 1.0)
 
@@ -67,8 +63,7 @@ class StaticRouter(Router):
         if spec.form == "choice":
             row_G = (places_G == self._nearest(u, width)).float()
         else:
-            parts = width * spec.parts + 1e-9
-            row_G = (places_G < int((u + 1) * parts) - int(u * parts)).float()
+            row_G = (places_G < spread(width, spec.parts, u)).float()
         return Decision(legal(row_G.expand(len(x_BCHW), -1), spec), {}), state
 
     def _nearest(self, u: int, width: float) -> int:

@@ -28,8 +28,9 @@ from dynroute.units.chain import ConvUnit
 from dynroute.units.choice import ChoiceBasic, ChoiceBottleneck, ChoiceUnit, choice_sizes
 from dynroute.units.inverted import INVERTED, GroupedInverted
 from dynroute.units.ranking import RANKS, best_first, contribution, kernel_norm
+from dynroute.units.whole import Blank, ReadAnswer, WholeNet, answer
 
-FORMS = ("channels", "paths", "choice")
+FORMS = ("channels", "paths", "choice", "cascade")
 
 __all__ = [
     "BASIC",
@@ -40,6 +41,7 @@ __all__ = [
     "RANKS",
     "STATISTICS",
     "BasicUnit",
+    "Blank",
     "ChoiceBasic",
     "ChoiceBottleneck",
     "ChoiceUnit",
@@ -48,12 +50,15 @@ __all__ = [
     "GroupedBottleneck",
     "GroupedInverted",
     "PathBasic",
+    "ReadAnswer",
     "Reorder",
     "Residual",
     "Subsample",
     "Unit",
     "Weights",
+    "WholeNet",
     "WidthNorm",
+    "answer",
     "best_first",
     "channel_mask",
     "choice_sizes",

@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import UnitSpec, spread
 from dynroute.cost import CostTerms, NetCost
 from dynroute.units.base import Unit
 
-EMPTY = -1e4  # stands in the plane where there is no class: nothing after a softmax, and finite in every precision
+BELOW = 30.0  # places of no class stand so far below the least logit: nothing after a softmax
 
 
 class Net(Protocol):
@@ -104,7 +103,7 @@ class Blank(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C + 1, H, W)."""
-        return torch.cat([image_BCHW, torch.full_like(image_BCHW[:, :1], EMPTY)], 1)
+        return torch.cat([image_BCHW, torch.zeros_like(image_BCHW[:, :1])], 1)
 
 
 class ReadAnswer(nn.Module):
@@ -120,12 +119,14 @@ class ReadAnswer(nn.Module):
 
 
 def answer(x_BCHW: Tensor) -> Tensor:
-    """The logits so far, (B, H * W): those of the classes first, EMPTY after them."""
+    """The logits so far, (B, H * W): those of the classes first, after them what is nothing to a softmax."""
     return x_BCHW[:, -1].flatten(1)
 
 
 def answered(x_BCHW: Tensor, logits_BK: Tensor) -> Tensor:
     """The same images with these logits."""
     height, width = x_BCHW.shape[2:]
-    plane = F.pad(logits_BK.to(x_BCHW.dtype), (0, height * width - logits_BK.shape[1]), value=EMPTY)
+    logits_BK = logits_BK.to(x_BCHW.dtype)
+    nothing_B1 = logits_BK.detach().amin(1, keepdim=True) - BELOW
+    plane = torch.cat([logits_BK, nothing_B1.expand(-1, height * width - logits_BK.shape[1])], 1)
     return torch.cat([x_BCHW[:, :-1], plane.view(-1, 1, height, width)], 1)
