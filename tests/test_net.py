@@ -14,8 +14,8 @@ from dynroute.cost import CostTerms
 from dynroute.net import RoutedNet, stack
 from dynroute.routers.static import StaticOptions, StaticRouter
 from dynroute.testing import check_agreement, random_routes
-from dynroute.units import FORMS, Unit
-from tiny import PAIRS, make_backbone, make_net, make_router, pictures
+from dynroute.units import Unit
+from tiny import BLOCK_FORMS, PAIRS, make_backbone, make_net, make_router, pictures
 
 
 def dense(backbone: Backbone, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def test_given_routes_replay_decided_ones(name: str, unit: str) -> None:
     assert torch.equal(given.macs_B, decided.macs_B)
 
 
-@pytest.mark.parametrize("unit", FORMS)
+@pytest.mark.parametrize("unit", BLOCK_FORMS)
 def test_everything_on_is_the_dense_net(unit: str) -> None:
     net, x = make_net("static", unit), pictures(5)
     out = net(x, net.dense_routes(5))

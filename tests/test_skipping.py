@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dynroute.skipping import FastNet, Key, folded
 from dynroute.testing import close, count_macs, random_routes, shake
 from dynroute.units import FORMS
-from tiny import PAIRS, make_net, pictures
+from tiny import BLOCK_FORMS, PAIRS, make_net, pictures
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
@@ -104,7 +104,7 @@ def test_modules_are_made_once_and_the_oldest_goes_first() -> None:
     assert len(fast.modules) == 4
 
 
-@pytest.mark.parametrize("unit", FORMS)
+@pytest.mark.parametrize("unit", BLOCK_FORMS)
 @pytest.mark.parametrize("images", [2, 8])
 def test_channels_last_is_kept(unit: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net("static", unit).to(memory_format=torch.channels_last)
