@@ -1,0 +1,75 @@
+"""Do easy images cost less? Cost of the images that the dense net gets wrong against those it gets right, by class too.
+
+    python experiments/easy_is_cheap.py RUN DENSE_RUN [--out FILE.csv]
+
+Both folders must have been evaluated on the same test images (`dynroute eval`). A row a target: the two mean shares, their
+difference with its 95 % interval (normal, two independent samples), the rank correlation of cost with the dense net's loss
+(Spearman), and the cheapest and the dearest class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import pandas as pd
+
+COLUMNS = {"index": int, "label": int, "predicted": int, "loss": float, "macs": float}
+
+
+def routes(folder: Path) -> pd.DataFrame:
+    """Test rows of a run's routes.csv, its own routes only."""
+    read = pd.read_csv(folder / "routes.csv", dtype={"route": str})
+    own = read[(read["split"] == "test") & (read["control"].isna() if "control" in read else True)]
+    return own.astype(COLUMNS)
+
+
+def rows(run: Path, dense: Path) -> list[dict[str, object]]:
+    """The table, a row for each target of the run."""
+    reference = routes(dense).drop_duplicates("index").set_index("index")
+    size = reference["macs"].max()
+    table: list[dict[str, object]] = []
+    for target, part in routes(run).groupby("flops_target", dropna=False):
+        part = part.set_index("index")
+        share = part["macs"] / size
+        wrong = (reference["label"] != reference["predicted"]).reindex(part.index)
+        hard, easy = share[wrong], share[~wrong]
+        error = math.sqrt(hard.var() / len(hard) + easy.var() / len(easy))
+        by_class = share.groupby(part["label"]).mean()
+        table.append(
+            {
+                "run": run.name,
+                "flops_target": target,
+                "share_dense_wrong": hard.mean(),
+                "share_dense_right": easy.mean(),
+                "difference": hard.mean() - easy.mean(),
+                "low_95": hard.mean() - easy.mean() - 1.96 * error,
+                "high_95": hard.mean() - easy.mean() + 1.96 * error,
+                "rank_correlation_with_dense_loss": share.rank().corr(reference["loss"].reindex(part.index).rank()),
+                "cheapest_class": by_class.idxmin(),
+                "cheapest_class_share": by_class.min(),
+                "dearest_class": by_class.idxmax(),
+                "dearest_class_share": by_class.max(),
+                "n": len(part),
+                "n_dense_wrong": len(hard),
+            }
+        )
+    return table
+
+
+def main() -> None:
+    """Print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("dense", type=Path)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    table = pd.DataFrame(rows(asked.run, asked.dense))
+    print(table.to_string(index=False, float_format="%.4g"))
+    if asked.out:
+        table.to_csv(asked.out, index=False, float_format="%.6g", lineterminator="\n")
+
+
+if __name__ == "__main__":
+    main()
