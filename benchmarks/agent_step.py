@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from dynroute.assembly import build
 from dynroute.config import load_config
 from dynroute.contracts import Batch
 from dynroute.data import Dataset, Split, known_spec
@@ -25,7 +26,7 @@ from dynroute.fit import _Part, set_modes
 from dynroute.records import write_rows
 from dynroute.routers import Phase, cross_entropy
 from dynroute.routers.qlearn import random_widths
-from dynroute.runs import build, commit, machine
+from dynroute.runs import commit, machine
 
 RESULTS = Path(__file__).parent / "results" / "agent_step.csv"
 

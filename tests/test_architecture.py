@@ -30,6 +30,7 @@ ROOMS = [
     "report",
     "plugins",
     "config",
+    "assembly",
     "runs",
     "catalogue",
     "testing",

@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
-from dynroute import runs
+from dynroute import assembly
 from dynroute.backbones import BACKBONES, Backbone, BackboneOptions
 from dynroute.cli import main
 from dynroute.config import load_config
@@ -360,7 +360,7 @@ def test_the_rank_of_a_configuration_reaches_the_layers(tmp_path: Path) -> None:
     spec = DataSpec("any", 16, 10, ("",) * 10)
     words = ["backbone.name=conv4", "backbone.width=8", "router.name=rnp", f"backbone.weights={tmp_path}/plain.pt"]
     for rank in ("none", "norm"):
-        net = runs.build(load_config(overrides=[*words, f"backbone.rank={rank}"]), spec)
+        net = assembly.build(load_config(overrides=[*words, f"backbone.rank={rank}"]), spec)
         weight = source.state_dict()["features.2.weight"]
         assert torch.equal(net.backbone.dense_state()["features.2.weight"], weight) == (rank == "none")
 
@@ -374,7 +374,7 @@ def test_a_chain_goes_through_the_command_line(tmp_path: Path, capsys: pytest.Ca
     assert main(["eval", str(tmp_path / "rnp"), "--flops-target", "1", "--flops-target", "0.5", "--json"]) in (0, 3)
     dense, half = json.loads(capsys.readouterr().out)["rows"]
     assert dense["macs_share"] == pytest.approx(1, abs=0.1) and half["macs_share"] < dense["macs_share"]
-    net, _, _ = runs.restore(tmp_path / "rnp" / "last.pt")
+    net, _, _ = assembly.restore(tmp_path / "rnp" / "last.pt")
     check_agreement(net, pictures(8))
     assert main(["train", *tiny, "router.name=dmnn", "--out", str(tmp_path / "dmnn")]) == 2
     assert "can be cut into channels only" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import TINY
+from dynroute.assembly import build, restore
 from dynroute.backbones import BackboneOptions
 from dynroute.cli import main
 from dynroute.config import describe_fields, load_config
@@ -25,7 +26,6 @@ from dynroute.routers import legal
 from dynroute.routers.base import Router
 from dynroute.routers.gates import DmnnOptions, GateRouter
 from dynroute.routers.static import RandomOptions, RandomRouter, StaticOptions, StaticRouter
-from dynroute.runs import build, restore
 from dynroute.testing import check_agreement, check_unit, close, count_macs, patterns, shake
 from dynroute.units import FEW, ChoiceBasic, ChoiceBottleneck, ChoiceUnit, Weights, choice_sizes
 from tiny import make_backbone, make_net, pictures

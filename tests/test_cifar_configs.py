@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from dynroute.assembly import build, restore
 from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.data import known_spec
 from dynroute.records import read_rows
-from dynroute.runs import build, restore
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SMALL = ["optim.batch_size=32", "optim.amp=none", "device=cpu", "threads=1"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TINY
+from dynroute import assembly, runs
 from dynroute import fit as fit_room
-from dynroute import runs
 from dynroute.config import Config, load_config
 from dynroute.contracts import Batch, InputError, Output
 from dynroute.data import Dataset, load
@@ -174,7 +174,7 @@ def test_a_better_epoch_of_an_earlier_phase_is_not_the_best(tmp_path: Path, monk
 def small(method: str, *keys: str) -> tuple[RoutedNet, Dataset, Config]:
     config = config_of(method, *keys)
     data = load(config.data)
-    return runs.build(config, data.spec), data, config
+    return assembly.build(config, data.spec), data, config
 
 
 def watch(net: RoutedNet, states: list[dict[str, Tensor]]) -> Callable[[Step], None]:

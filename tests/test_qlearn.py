@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynroute.assembly import inference_parameters
 from dynroute.contracts import Advice, Batch, InputError, Output, Trace, UnitSpec
 from dynroute.net import RoutedNet
 from dynroute.routers.base import classification_loss, stacked
@@ -25,7 +26,6 @@ from dynroute.routers.qlearn import (
     td_loss,
     td_targets,
 )
-from dynroute.runs import inference_parameters
 from dynroute.testing import check_router
 from tiny import make_backbone, make_net, pictures
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from conftest import SHORT_RNP, TINY
+from dynroute.assembly import build, make_teacher, restore
 from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.data import load
 from dynroute.records import read_rows
-from dynroute.runs import build, make_teacher, restore
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,151 @@
+"""From a configuration or a checkpoint to a net, and from weights to where it starts: whatever stands before a run.
+
+A net starts from a plain dense state dict, from a run of its own form, from two static runs (a cascade), or from chance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynroute import plugins
+from dynroute.backbones import Backbone, BackboneOptions, Cascade, make_backbone
+from dynroute.config import Config, from_text
+from dynroute.contracts import InputError
+from dynroute.data import DataSpec
+from dynroute.fit import LAST, Teacher, load_checkpoint, load_tensors, load_weights
+from dynroute.net import RoutedNet
+from dynroute.routers.static import StaticOptions
+from dynroute.skipping import FastNet
+
+
+def build(config: Config, spec: DataSpec) -> RoutedNet:
+    """Backbone and router of a configuration, weights imported where it asks for them, seeded."""
+    torch.manual_seed(config.top.seed)
+    backbone = make_backbone(plugins.find("backbone", config.backbone.name), spec, config.backbone)
+    if config.backbone.weights:
+        _start(backbone, config.backbone)
+    if isinstance(backbone, Cascade) and config.backbone.nets:
+        for run, inner, width in zip(config.backbone.nets, backbone.nets, config.backbone.widths, strict=True):
+            _take_over(inner, Path(run), width, config)
+    router = config.method.router(backbone.specs, config.router, spec.superclasses)
+    return RoutedNet(backbone, router).to(memory_format=torch.channels_last)
+
+
+def _start(backbone: Backbone, options: BackboneOptions) -> None:
+    """Fill a backbone from backbone.weights: by way of the plain dense net, its channels ranked anew;
+
+    as it is from a run of the same form that has trained narrower widths, whose order of channels is learned.
+    """
+    path = _checkpoint(Path(str(options.weights)))
+    content = load_tensors(path)
+    if isinstance(content, dict) and "format" in content:
+        source, config, _ = restore(path, router=False)
+        dense = config.router_name == "static" and config.router.width == 1.0
+        if not dense and dataclasses.replace(config.backbone, weights=options.weights, rank=options.rank) == options:
+            load_weights(backbone, source.backbone.state_dict(), path)
+            return
+    backbone.load_dense(dense_state(path), options.rank)
+
+
+def _checkpoint(path: Path) -> Path:
+    """The file of weights that a run folder or a path stands for."""
+    return path / LAST if path.is_dir() else path
+
+
+def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teacher | None:
+    """The net of optim.teacher, ready to be asked: a static run as it is, any other with all parts. Raises InputError."""
+    name = config.optim.teacher
+    if not name:
+        return None
+    if name == "start":
+        if not config.backbone.weights:
+            raise InputError("optim.teacher=start needs backbone.weights, the net to start from")
+        name = config.backbone.weights
+    path = _checkpoint(Path(name))
+    content = load_tensors(path)
+    if isinstance(content, dict) and "format" in content:
+        net, trained, stored = restore(path)
+        classes = stored["meta"]["data"]["classes"]
+        if classes != spec.classes:
+            raise InputError(f"optim.teacher: {path} knows {classes} classes, the data have {spec.classes}")
+        static = trained.router_name == "static"
+    else:
+        plain = dataclasses.replace(config.backbone, unit="channels", parts=1, weights=str(path))
+        net = build(dataclasses.replace(config, backbone=plain, router_name="static", router=StaticOptions()), spec)
+        static = True
+    fast = FastNet(net.to(device))
+
+    def asked(x_BCHW: torch.Tensor) -> torch.Tensor:
+        return fast(x_BCHW, None if static else net.dense_routes(len(x_BCHW))).logits_BK
+
+    return asked
+
+
+def _take_over(net: Backbone, run: Path, width: float, config: Config) -> None:
+    """Fill one net of a cascade from a trained static run. Raises InputError where it is another kind of run."""
+    source, trained, _ = restore(run / LAST)
+    if trained.router_name != "static":
+        raise InputError(f"backbone.nets: {run} is a run of router.name={trained.router_name}, not of static")
+    found, needed = (
+        f"{c.backbone.name} of {c.backbone.parts} {unit} on {c.data.name} at width {w:g}"
+        for c, unit, w in ((trained, trained.backbone.unit, trained.router.width), (config, "channels", width))
+    )
+    if found != needed:
+        raise InputError(f"backbone.nets: {run} is {found}, this cascade needs {needed}")
+    load_weights(net, source.backbone.state_dict(), run / LAST)
+
+
+def dense_state(path: Path) -> dict[str, torch.Tensor]:
+    """A plain dense state dict, from a file of one or from a checkpoint of this program. Raises InputError."""
+    content = load_tensors(path)
+    if isinstance(content, dict) and "format" in content:
+        source = restore(path, router=False)[0].backbone
+        return source.dense_state()
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise InputError(f"{path} holds no state dict of tensors")
+    return content
+
+
+def restore(path: Path, router: bool = True) -> tuple[RoutedNet, Config, dict[str, Any]]:
+    """The trained net of a checkpoint, its configuration, and the checkpoint. Needs no data.
+
+    router: false leaves the router as made, where only the backbone is wanted (a router of an older version may not fit).
+    """
+    content = load_checkpoint(path)
+    trained = trained_as(content, path)
+    meta = content["meta"]
+    try:
+        names = ("superclass_of", "superclass_names", "class_names", "mean", "std")
+        values: dict[str, Any] = {k: tuple(v) if k in names else v for k, v in meta["data"].items()}
+        spec = DataSpec(**values)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} does not say what it was trained on: written by another program") from None
+    config = dataclasses.replace(trained, backbone=dataclasses.replace(trained.backbone, weights=None, nets=[]))
+    net = build(config, spec)
+    state = content["model"]
+    if router:
+        load_weights(net, state, path)
+    else:
+        own = "backbone."
+        load_weights(net.backbone, {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}, path)
+    return net, trained, content
+
+
+def trained_as(content: dict[str, Any], path: Path) -> Config:
+    """The configuration that a checkpoint carries. Raises InputError where there is none."""
+    try:
+        return from_text(content["meta"]["config"], str(path))
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} does not say what it was trained as: written by another program") from None
+
+
+def inference_parameters(net: RoutedNet) -> int:
+    """Parameters that a deployed net needs: what a router uses in training alone is dropped after it."""
+    dropped = tuple(f"router.{name}." for name in net.router.train_only)
+    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith(dropped))
