@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
-CIFAR10 := dense static_60 rnr dmnn rnp static_40 static_80 given
+CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 cascade_25_100 widths rnr dmnn rnp
 
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_100
 CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
