@@ -32,6 +32,7 @@ ROOMS = [
     "config",
     "assembly",
     "runs",
+    "prediction",
     "catalogue",
     "testing",
     "cli",

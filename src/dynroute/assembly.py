@@ -6,6 +6,7 @@ A net starts from a plain dense state dict, from a run of its own form, from two
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,7 @@ def restore(path: Path, router: bool = True) -> tuple[RoutedNet, Config, dict[st
     """
     content = load_checkpoint(path)
     trained = trained_as(content, path)
-    meta = content["meta"]
-    try:
-        names = ("superclass_of", "superclass_names", "class_names", "mean", "std")
-        values: dict[str, Any] = {k: tuple(v) if k in names else v for k, v in meta["data"].items()}
-        spec = DataSpec(**values)
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} does not say what it was trained on: written by another program") from None
+    spec = trained_on(content, path)
     config = dataclasses.replace(trained, backbone=dataclasses.replace(trained.backbone, weights=None, nets=[]))
     net = build(config, spec)
     state = content["model"]
@@ -135,6 +130,16 @@ def restore(path: Path, router: bool = True) -> tuple[RoutedNet, Config, dict[st
         own = "backbone."
         load_weights(net.backbone, {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}, path)
     return net, trained, content
+
+
+def trained_on(content: dict[str, Any], path: Path) -> DataSpec:
+    """The description of the data that a checkpoint carries. Raises InputError where there is none."""
+    try:
+        names = ("superclass_of", "superclass_names", "class_names", "mean", "std")
+        values: dict[str, Any] = {k: tuple(v) if k in names else v for k, v in content["meta"]["data"].items()}
+        return DataSpec(**values)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} does not say what it was trained on: written by another program") from None
 
 
 def trained_as(content: dict[str, Any], path: Path) -> Config:
@@ -149,3 +154,9 @@ def inference_parameters(net: RoutedNet) -> int:
     """Parameters that a deployed net needs: what a router uses in training alone is dropped after it."""
     dropped = tuple(f"router.{name}." for name in net.router.train_only)
     return sum(p.numel() for name, p in net.named_parameters() if not name.startswith(dropped))
+
+
+def fingerprint(path: Path) -> str:
+    """Sixteen hex digits of a file's content: tells whether what was stored about a checkpoint is about this one."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

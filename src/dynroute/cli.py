@@ -223,6 +223,33 @@ def compare(
         print(path)
 
 
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    target: Annotated[
+        float | None,
+        typer.Option(
+            "--flops-target", metavar="X", help="Share of the dense net's multiply-adds that `eval` has calibrated."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Class, confidence, route and cost of images; needs the run folder alone, not its data."""
+    from dataclasses import asdict
+
+    from dynroute import prediction
+
+    if target is not None and not 0 < target <= 1:
+        raise InputError(f"--flops-target is a share of the dense net's multiply-adds, 0 < X <= 1, not {target}")
+    found = prediction.predict(run, images, target)
+    if as_json:
+        print(json.dumps({"rows": [asdict(p) for p in found]}, indent=2))
+        return
+    for p in found:
+        print(f"{p.file}  {p.label}  {p.confidence:.3f}  {p.macs / 1e6:.2f} M  {p.share:.3f}  {p.route}")
+
+
 @app.command("inspect")
 def inspect_command(
     source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file or a run folder.")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from dynroute.contracts import InputError
 
 EVAL_FILE, TRAIN_FILE, ROUTES_FILE = "eval.csv", "train.csv", "routes.csv"
+BUDGET_FILE = "budget.json"
 
 
 @dataclass
@@ -154,3 +156,25 @@ def _value(path: Path, column: str, text: str) -> Any:
         return float(text)
     except ValueError:
         raise InputError(f"{path}: {column} is {text!r}, not a number") from None
+
+
+def read_budget(folder: Path, fingerprint: str) -> dict[float, float]:
+    """Prices and the shares they reach on the calibration split, as stored with a run; empty where none are.
+
+    fingerprint: of the checkpoint; settings of another one are not returned. Raises InputError for a broken file.
+    """
+    path = folder / BUDGET_FILE
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = {float(price): float(share) for price, share in content["settings"]}
+        return settings if content["checkpoint"] == fingerprint else {}
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise InputError(f"{path} is not a table of prices and shares ({type(error).__name__}); delete it") from None
+
+
+def write_budget(folder: Path, fingerprint: str, settings: dict[float, float], images: int) -> None:
+    """Store prices and the shares they reach over so many calibration images, dearest net first."""
+    content = {"checkpoint": fingerprint, "images": images, "settings": sorted(settings.items())}
+    write_text(folder / BUDGET_FILE, json.dumps(content, indent=1) + "\n")

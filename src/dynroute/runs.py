@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dynroute import __version__, plugins
-from dynroute.assembly import build, inference_parameters, make_teacher, restore, trained_as
+from dynroute.assembly import build, fingerprint, inference_parameters, make_teacher, restore, trained_as
 from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import InputError
 from dynroute.controls import CONTROLS
@@ -22,7 +22,17 @@ from dynroute.data import Dataset, known_spec, limited, load, loader
 from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint
 from dynroute.measure import TOLERANCE, Dial, Scores, evaluate, latency, make_dial
 from dynroute.net import RoutedNet
-from dynroute.records import EVAL_FILE, ROUTES_FILE, EvalRow, merge_eval, read_rows, write_rows, write_text
+from dynroute.records import (
+    EVAL_FILE,
+    ROUTES_FILE,
+    EvalRow,
+    merge_eval,
+    read_budget,
+    read_rows,
+    write_budget,
+    write_rows,
+    write_text,
+)
 
 CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
 LOG_FILE = "log.txt"
@@ -142,14 +152,16 @@ class Evaluator:
         net = net.to(device).eval()
         few = limited(data.calibration, CALIBRATED_ON)
         batches = list(loader(few, data.spec, 256, train=False, device=device, workers=config.data.workers))
-        return cls(folder, net, config, data, device, checkpoint, len(content["rows"]), make_dial(net, batches))
+        dial = make_dial(net, batches)
+        dial.seen.update(read_budget(folder, fingerprint(path)))
+        return cls(folder, net, config, data, device, checkpoint, len(content["rows"]), dial)
 
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the price for a target on the calibration split (None: the trained point), then measure the split.
 
         Writes the row into eval.csv and the per-image routes into routes.csv.
         """
-        price, calibrated = (0.0, None) if target is None else self.dial.find(target)
+        price, calibrated = (0.0, None) if target is None else self._fitted(target)
         self.net.router.price = price
         part, batches = self._split(split)
         scores = evaluate(self.net, batches)
@@ -189,6 +201,15 @@ class Evaluator:
         part = self.data.test if split == "test" else self.data.calibration
         workers = self.config.data.workers
         return part, loader(part, self.data.spec, 256, train=False, device=self.device, workers=workers)
+
+    def _fitted(self, target: float) -> tuple[float, float]:
+        """Price and calibrated share for a target; what was measured on the way is stored in budget.json."""
+        before, found = len(self.dial.seen), self.dial.find(target)
+        if len(self.dial.seen) > before:
+            path = self.folder / (BEST if self.checkpoint == "best" else LAST)
+            images = min(len(self.data.calibration), CALIBRATED_ON)
+            write_budget(self.folder, fingerprint(path), self.dial.seen, images)
+        return found
 
     def _row(self, scores: Scores, split: str, target: float | None, price: float, calibrated: float | None) -> EvalRow:
         config, cost = self.config, self.net.cost

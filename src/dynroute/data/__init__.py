@@ -10,7 +10,7 @@ from dynroute.data.arrays import npz
 from dynroute.data.batches import Loader, loader, normalise
 from dynroute.data.cifar import CIFAR10, CIFAR100, cifar10, cifar100
 from dynroute.data.drawing import shapes
-from dynroute.data.folders import folder, imagenet
+from dynroute.data.folders import folder, imagenet, pictures
 from dynroute.data.spec import DataOptions, Dataset, DataSpec, FileSplit, Split, limited
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "load",
     "loader",
     "normalise",
+    "pictures",
 ]
 
 # A data set is a function of its options and of the data's own seed (not the training's). One row adds one.

@@ -5,6 +5,7 @@ test/ is the test split; without one, val/ is. With both, val/ is the calibratio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +29,18 @@ def folder(options: DataOptions, seed: int = 0) -> Dataset:
 def imagenet(options: DataOptions, seed: int = 0) -> Dataset:
     """train/ and val/ of class folders (wnids): short side to 256, then the middle 224 pixels."""
     size = options.image_size or 224
-    return read(options, size, short_side=round(size * 256 / 224))
+    return read(options, size, imagenet_side(size))
+
+
+def imagenet_side(size: int) -> int:
+    """The short side to which an ImageNet picture is resized before the middle `size` pixels are cut out."""
+    return round(size * 256 / 224)
+
+
+def pictures(paths: Sequence[Path], name: str, spec: DataSpec) -> FileSplit:
+    """Image files to be seen as the test images of the data set of that name; labels are 0."""
+    side = imagenet_side(spec.image_size) if name == "imagenet" else spec.image_size
+    return FileSplit(list(paths), torch.zeros(len(paths), dtype=torch.long), side)
 
 
 def read(options: DataOptions, size: int, short_side: int) -> Dataset:
