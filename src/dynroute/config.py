@@ -96,6 +96,8 @@ class Config:
                 values[section][key] = Path(values[section][key]).name
         if values["backbone"]["unit"] != "choice":
             values["backbone"].pop("widths")  # without effect there
+        for key in ("path_width", "path_least") if values["backbone"]["unit"] != "paths" else ():
+            values["backbone"].pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def _classes(self) -> dict[str, type]:

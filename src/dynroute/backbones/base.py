@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
-from dynroute.units import FORMS, RANKS, Unit, Weights, choice_sizes, even_split, tensors
+from dynroute.units import FORMS, RANKS, Unit, Weights, choice_sizes, even_split, path_share, tensors
 
 Kind = TypeVar("Kind")
 USUAL_PARTS = {"channels": 4, "paths": 2}
@@ -32,6 +32,11 @@ class BackboneOptions:
     """Parts a block is cut into; 0: 4 groups of channels (RNP), 2 sub-blocks (DMNN), or an alternative for each of widths."""
     widths: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
     """Hidden width of each alternative (unit=choice), as a share of the block's. Ours."""
+    path_width: float = 0.0
+    """Hidden width of each sub-block (unit=paths) as a share of the block's; 0: equal parts, in bottlenecks widened so that the
+    parameters stay (paper: 0.6 for 2 parts, 0.467 for 3, 0.375 for 4). MobileNets have equal parts of the expansion."""
+    path_least: int = 0
+    """Fewest hidden channels of a sub-block (unit=paths): narrower ones are widened to it. Ours; 16 pays on processors."""
     width: int = 0
     """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets, 64 for ImageNet's)."""
     shortcut: str = "A"
@@ -53,6 +58,10 @@ class BackboneOptions:
             raise InputError(f"backbone.width must lie between 0 and 4096, not {self.width}")
         if not 0 <= self.parts <= 4096:
             raise InputError(f"backbone.parts must lie between 0 and 4096, not {self.parts}")
+        if not 0 <= self.path_width <= 1:
+            raise InputError(f"backbone.path_width must lie between 0 and 1, not {self.path_width}")
+        if not 0 <= self.path_least <= 4096:
+            raise InputError(f"backbone.path_least must lie between 0 and 4096, not {self.path_least}")
         if not self.widths or not all(a < b for a, b in pairwise([0.0, *self.widths])) or self.widths[-1] > 1:
             raise InputError(f"backbone.widths must rise from above 0 to at most 1, not {self.widths}")
 
@@ -82,9 +91,20 @@ class BackboneOptions:
             raise InputError(f"backbone.parts must not exceed the width of {self.name}, {width}, not {self.parts}")
         return width
 
-    def sizes(self, hidden: int) -> list[int]:
-        """Hidden channels of each part of a block that has `hidden` of them."""
-        return choice_sizes(hidden, self.widths) if self.unit == "choice" else even_split(hidden, self.parts)
+    def sizes(self, hidden: int, middle: bool = False) -> list[int]:
+        """Hidden channels of each part of a block that has `hidden` of them.
+
+        middle: a convolution leads from hidden channels to hidden channels (bottlenecks), so that equal parts would have
+        fewer parameters than the block, and sub-blocks are widened. In basic blocks equal parts have as many.
+        """
+        if self.unit == "choice":
+            return choice_sizes(hidden, self.widths)
+        equal = even_split(hidden, self.parts)
+        if self.unit != "paths":
+            return equal
+        share = self.path_width or (path_share(self.parts) if middle else 0.0)
+        sizes = [int(share * hidden)] * self.parts if share else equal
+        return [max(size, self.path_least, 1) for size in sizes]
 
 
 class Backbone(nn.Module):
