@@ -33,7 +33,11 @@ IMPORTED = ["resnet18", "resnet50", "mobilenet_v2"]
         ("resnet18", "channels", 8, 4, 32),
         ("resnet18", "paths", 8, 2, 37),
         ("resnet50", "channels", 8, 3, 37),
+        ("resnet50", "paths", 8, 3, 37),
+        ("resnet50_cifar", "paths", 8, 2, 16),
+        ("resnext50_2x40d", "channels", 8, 1, 37),
         ("mobilenet_v2", "channels", 0, 4, 37),
+        ("mobilenet_v2", "paths", 0, 2, 37),
     ],
 )
 def test_the_nets_keep_their_contract(name: str, unit: str, width: int, parts: int, size: int) -> None:
@@ -137,11 +141,11 @@ def test_the_fast_run_folds_the_head_too() -> None:
     ("name", "options", "message"),
     [
         (
-            "resnet50",
+            "resnext50_2x40d",
             {"unit": "paths"},
-            r"^backbone\.unit=paths is not there for resnet50 yet \(choices: channels, choice\)",
+            r"^backbone\.unit=paths is not there for resnext50_2x40d yet \(choices: channels\)",
         ),
-        ("mobilenet_v2", {"unit": "paths"}, r"^backbone\.unit=paths is not there for mobilenet_v2"),
+        ("mobilenet_v2", {"unit": "choice"}, r"^backbone\.unit=choice is not there for mobilenet_v2"),
         ("mobilenet_v2", {"width": 32}, r"^backbone\.width: mobilenet_v2 comes in one width"),
         ("mobilenet_v2", {"parts": 97}, r"^backbone\.parts must not exceed 96"),
         ("resnet50", {"parts": 65}, r"^backbone\.parts must not exceed the width of resnet50, 64"),

@@ -97,6 +97,8 @@ class Config:
                 section[key] = Path(section[key]).name
         body["nets"] = [Path(run).name for run in body["nets"]]
         values["backbone"] = {k: v for k, v in body.items() if v != []}  # lists not used leave hashes as they were
+        for key in ("path_width", "path_least") if body["unit"] != "paths" else ():
+            values["backbone"].pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def _classes(self) -> dict[str, type]:

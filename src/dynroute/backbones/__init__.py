@@ -7,8 +7,8 @@ from functools import partial
 
 from dynroute.backbones.base import Backbone, BackboneOptions
 from dynroute.backbones.cascade import Cascade
-from dynroute.backbones.mobilenet import MobileNetV2
-from dynroute.backbones.resnet import LAYOUTS, ResNet
+from dynroute.backbones.mobilenet import MobileNetV2, mobilenet_v2_140
+from dynroute.backbones.resnet import LAYOUTS, ResNet, resnet50_cifar, resnext
 from dynroute.backbones.resnet_cifar import CifarResNet
 from dynroute.backbones.vgg import Chain, conv4, vgg16, vgg16_cifar
 from dynroute.data import DataSpec
@@ -19,7 +19,14 @@ BACKBONES: dict[str, MakeBackbone] = {
     f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)
 }
 BACKBONES |= {f"resnet{depth}": partial(ResNet, depth) for depth in LAYOUTS}
-BACKBONES["mobilenet_v2"] = MobileNetV2
+BACKBONES |= {
+    "resnext50_2x40d": partial(resnext, 50, 2, 40),
+    "resnext50_4x24d": partial(resnext, 50, 4, 24),
+    "resnext101_2x40d": partial(resnext, 101, 2, 40),
+    "resnet50_cifar": resnet50_cifar,
+    "mobilenet_v2": MobileNetV2,
+    "mobilenet_v2_140": mobilenet_v2_140,
+}
 BACKBONES |= {
     "conv4": conv4,
     "conv4_bn": partial(conv4, norm=True),

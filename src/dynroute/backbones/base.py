@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
-from dynroute.units import FORMS, RANKS, Unit, Weights, choice_sizes, even_split, tensors
+from dynroute.units import FORMS, RANKS, Unit, Weights, choice_sizes, even_split, path_share, tensors
 
 Kind = TypeVar("Kind")
 USUAL_PARTS = {"channels": 4, "paths": 2, "cascade": 16}
@@ -37,6 +37,11 @@ class BackboneOptions:
     cascade, the first one first (empty: 0.25, 0.75). Ours."""
     nets: list[str] = field(default_factory=list)
     """Start a cascade from two runs of router.name=static, trained at its widths; with router.epochs=0 that is all."""
+    path_width: float = 0.0
+    """Hidden width of each sub-block (unit=paths) as a share of the block's; 0: equal parts, in bottlenecks widened so that the
+    parameters stay (paper: 0.6 for 2 parts, 0.467 for 3, 0.375 for 4). MobileNets have equal parts of the expansion."""
+    path_least: int = 0
+    """Fewest hidden channels of a sub-block (unit=paths): narrower ones are widened to it. Ours; 16 pays on processors."""
     width: int = 0
     """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets, 64 for ImageNet's)."""
     shortcut: str = "A"
@@ -58,6 +63,10 @@ class BackboneOptions:
             raise InputError(f"backbone.width must lie between 0 and 4096, not {self.width}")
         if not 0 <= self.parts <= 4096:
             raise InputError(f"backbone.parts must lie between 0 and 4096, not {self.parts}")
+        if not 0 <= self.path_width <= 1:
+            raise InputError(f"backbone.path_width must lie between 0 and 1, not {self.path_width}")
+        if not 0 <= self.path_least <= 4096:
+            raise InputError(f"backbone.path_least must lie between 0 and 4096, not {self.path_least}")
         if not all(0 < width <= 1 for width in self.widths) or sorted(self.widths) != self.widths:
             raise InputError(f"backbone.widths must rise from above 0 to at most 1, not {self.widths}")
 
@@ -96,9 +105,20 @@ class BackboneOptions:
             raise InputError(f"backbone.parts must not exceed the width of {self.name}, {width}, not {self.parts}")
         return width
 
-    def sizes(self, hidden: int) -> list[int]:
-        """Hidden channels of each part of a block that has `hidden` of them."""
-        return choice_sizes(hidden, self.widths) if self.unit == "choice" else even_split(hidden, self.parts)
+    def sizes(self, hidden: int, middle: bool = False) -> list[int]:
+        """Hidden channels of each part of a block that has `hidden` of them.
+
+        middle: a convolution leads from hidden channels to hidden channels (bottlenecks), so that equal parts would have
+        fewer parameters than the block, and sub-blocks are widened. In basic blocks equal parts have as many.
+        """
+        if self.unit == "choice":
+            return choice_sizes(hidden, self.widths)
+        equal = even_split(hidden, self.parts)
+        if self.unit != "paths":
+            return equal
+        share = self.path_width or (path_share(self.parts) if middle else 0.0)
+        sizes = [int(share * hidden)] * self.parts if share else equal
+        return [max(size, self.path_least, 1) for size in sizes]
 
 
 class Backbone(nn.Module):

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., 2018) at width 1.0."""
+"""MobileNetV2 (Sandler et al., 2018) at widths 1.0 and 1.4."""
 
 from __future__ import annotations
 
@@ -21,38 +21,41 @@ STEM, FIRST, LAST = (
 
 
 class MobileNetV2(Backbone):
-    """MobileNetV2 1.0: every inverted residual that expands is one unit, cut in its expanded channels; torchvision's weights.
+    """MobileNetV2: every inverted residual that expands is one unit, cut in its expanded channels; torchvision's weights.
 
     The stem holds the first convolution and the first block, which has no expansion to cut; the head the last 1x1
-    convolution and the classifier.
+    convolution and the classifier. multiple: of all channels, each rounded to eights.
     """
 
-    def __init__(self, data: DataSpec, options: BackboneOptions) -> None:
+    def __init__(self, data: DataSpec, options: BackboneOptions, *, multiple: float = 1.0) -> None:
         super().__init__()
+        start, first_out = eights(STEM * multiple), eights(FIRST * multiple)
+        last = max(eights(LAST * multiple), LAST)
         make = options.kind(INVERTED)
         if options.width:
             raise InputError(f"backbone.width: {options.name} comes in one width only, so leave it at 0")
-        narrowest = FIRST * EXPANSION
+        narrowest = first_out * EXPANSION
         if options.parts > narrowest:
             raise InputError(f"backbone.parts must not exceed {narrowest} for {options.name}, not {options.parts}")
         self.stem = nn.Sequential(
-            nn.Conv2d(data.channels, STEM, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(STEM),
+            nn.Conv2d(data.channels, start, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(start),
             nn.ReLU6(),
-            nn.Conv2d(STEM, STEM, 3, 1, 1, groups=STEM, bias=False),
-            nn.BatchNorm2d(STEM),
+            nn.Conv2d(start, start, 3, 1, 1, groups=start, bias=False),
+            nn.BatchNorm2d(start),
             nn.ReLU6(),
-            nn.Conv2d(STEM, FIRST, 1, bias=False),
-            nn.BatchNorm2d(FIRST),
+            nn.Conv2d(start, first_out, 1, bias=False),
+            nn.BatchNorm2d(first_out),
         )
         size = (data.image_size + 1) // 2
         stem_macs = (
-            conv_macs(size, 3, data.channels, STEM)
-            + conv_macs(size, 3, STEM, STEM, groups=STEM)
-            + conv_macs(size, 1, STEM, FIRST)
+            conv_macs(size, 3, data.channels, start)
+            + conv_macs(size, 3, start, start, groups=start)
+            + conv_macs(size, 1, start, first_out)
         )
-        channels = FIRST
-        for stage, out, blocks, stride in ROWS:
+        channels = first_out
+        for stage, base, blocks, stride in ROWS:
+            out = eights(base * multiple)
             for i in range(blocks):
                 name, sizes = f"features.{len(self.units) + 2}", even_split(channels * EXPANSION, options.parts)
                 first = 1 if i else stride
@@ -60,15 +63,15 @@ class MobileNetV2(Backbone):
                 self.units.append(made)
                 channels, size = out, made.out_size
         self.head = nn.Sequential(
-            nn.Conv2d(channels, LAST, 1, bias=False),
-            nn.BatchNorm2d(LAST),
+            nn.Conv2d(channels, last, 1, bias=False),
+            nn.BatchNorm2d(last),
             nn.ReLU6(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Dropout(0.2),
-            nn.Linear(LAST, data.classes),
+            nn.Linear(last, data.classes),
         )
-        self.fixed_macs = stem_macs + conv_macs(size, 1, channels, LAST) + LAST * data.classes
+        self.fixed_macs = stem_macs + conv_macs(size, 1, channels, last) + last * data.classes
         self.dense_macs = self.fixed_macs + sum(term.total for term in self.terms())
         self.apply(initialise)
 
@@ -87,3 +90,14 @@ class MobileNetV2(Backbone):
             f"{last}.1": head[1],
             "classifier.1": head[6],
         }
+
+
+def mobilenet_v2_140(data: DataSpec, options: BackboneOptions) -> Backbone:
+    """MobileNetV2 with 1.4 times the channels."""
+    return MobileNetV2(data, options, multiple=1.4)
+
+
+def eights(channels: float) -> int:
+    """The nearest multiple of 8, or the next one where that would take away more than a tenth (as the authors do)."""
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest if nearest >= 0.9 * channels else nearest + 8

@@ -1,8 +1,9 @@
-"""ImageNet ResNets (He et al., 2016; the stride of a bottleneck in its 3x3 convolution, as torchvision has it)."""
+"""ImageNet ResNets (He et al., 2016; the stride of a bottleneck in its 3x3 convolution, as torchvision has it), ResNeXts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
@@ -10,13 +11,24 @@ from torch import nn
 from dynroute.backbones.base import Backbone, BackboneOptions, initialise
 from dynroute.cost import conv_macs
 from dynroute.data import DataSpec
-from dynroute.units import BASIC, BOTTLENECK, BasicUnit, ChoiceUnit, GroupedBottleneck
+from dynroute.units import (
+    AGGREGATED,
+    BASIC,
+    BOTTLENECK,
+    AggregatedBottleneck,
+    BasicUnit,
+    ChoiceUnit,
+    GroupedBottleneck,
+    PathBottleneck,
+)
+
+Block = BasicUnit | GroupedBottleneck | PathBottleneck | ChoiceUnit | AggregatedBottleneck
 
 
 class Layout(NamedTuple):
     """What a depth means. kinds: units by form. expansion: output channels by hidden ones. blocks: of each stage."""
 
-    kinds: Mapping[str, Callable[..., BasicUnit | GroupedBottleneck | ChoiceUnit]]
+    kinds: Mapping[str, Callable[..., Block]]
     expansion: int
     blocks: tuple[int, ...]
 
@@ -33,30 +45,48 @@ class ResNet(Backbone):
     """ImageNet ResNet: 7x7 stem and maxpool, basic or bottleneck blocks in four stages, torchvision's weights.
 
     Every block is one routable unit; its hidden channels are what is cut. Shortcuts project where shapes change.
+    groups, each: of a ResNeXt, how many groups its 3x3 convolutions have and how many channels a group has in the first
+    stage; its blocks are not cut. small: a 3x3 stem of stride 1 instead of the 7x7 one of stride 2, for small images.
     """
 
-    def __init__(self, depth: int, data: DataSpec, options: BackboneOptions) -> None:
+    def __init__(
+        self,
+        depth: int,
+        data: DataSpec,
+        options: BackboneOptions,
+        *,
+        groups: int = 0,
+        each: int = 0,
+        small: bool = False,
+    ) -> None:
         super().__init__()
         layout = LAYOUTS[depth]
-        make, width = options.kind(layout.kinds), options.wide(64)
+        make: Callable[..., Block] = options.kind(layout.kinds)
+        if groups:
+            make = partial(options.kind(AGGREGATED), groups=groups)
+        width, kernel = options.wide(64), 3 if small else 7
+        stride = 1 if small else 2
         self.stem = nn.Sequential(
-            nn.Conv2d(data.channels, width, 7, 2, 3, bias=False),
+            nn.Conv2d(data.channels, width, kernel, stride, kernel // 2, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.MaxPool2d(3, 2, 1),
         )
-        size = (data.image_size + 1) // 2
-        self.fixed_macs = conv_macs(size, 7, data.channels, width)
+        size = (data.image_size + stride - 1) // stride
+        self.fixed_macs = conv_macs(size, kernel, data.channels, width)
         channels, size = width, (size + 1) // 2
         for stage, blocks in enumerate(layout.blocks):
             hidden = width << stage
+            sizes = options.sizes(hidden, middle=layout.expansion > 1)
+            if groups:
+                sizes = [groups * (each * width // 64) << stage]
             for i in range(blocks):
                 made = make(
                     f"layer{stage + 1}.{i}",
                     channels,
                     hidden * layout.expansion,
                     2 if stage and not i else 1,
-                    options.sizes(hidden),
+                    sizes,
                     in_size=size,
                     shortcut="B",
                     stage=stage + 1,
@@ -76,3 +106,16 @@ class ResNet(Backbone):
     def renamed(self, name: str) -> str:
         """torchvision calls the shortcut downsample."""
         return name.replace(".downsample.", ".shortcut.")
+
+
+def resnext(depth: int, groups: int, each: int, data: DataSpec, options: BackboneOptions) -> Backbone:
+    """ResNeXt (Xie et al., 2017), whole blocks: a static net, the plain form of DMNN with all gates open."""
+    return ResNet(depth, data, options, groups=groups, each=each)
+
+
+def resnet50_cifar(data: DataSpec, options: BackboneOptions) -> Backbone:
+    """ResNet-50 whose first stage sees 16 x 16 pixels of a 32-pixel image, 0.33 G as DMNN states for CIFAR; the stem is ours.
+
+    3x3 convolution of stride 1, then the usual max-pooling.
+    """
+    return ResNet(50, data, options, small=True)

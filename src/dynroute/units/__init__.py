@@ -23,16 +23,18 @@ from dynroute.units.base import (
     tensors,
 )
 from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic
-from dynroute.units.bottleneck import BOTTLENECK, GroupedBottleneck
+from dynroute.units.bottleneck import AGGREGATED, BOTTLENECK, AggregatedBottleneck, GroupedBottleneck
 from dynroute.units.chain import ConvUnit
 from dynroute.units.choice import ChoiceBasic, ChoiceBottleneck, ChoiceUnit, choice_sizes
 from dynroute.units.inverted import INVERTED, GroupedInverted
+from dynroute.units.paths import PathBottleneck, PathInverted, path_share
 from dynroute.units.ranking import RANKS, best_first, contribution, kernel_norm
 from dynroute.units.whole import Blank, ReadAnswer, WholeNet, answer
 
 FORMS = ("channels", "paths", "choice", "cascade")
 
 __all__ = [
+    "AGGREGATED",
     "BASIC",
     "BOTTLENECK",
     "FEW",
@@ -40,6 +42,7 @@ __all__ = [
     "INVERTED",
     "RANKS",
     "STATISTICS",
+    "AggregatedBottleneck",
     "BasicUnit",
     "Blank",
     "ChoiceBasic",
@@ -50,6 +53,8 @@ __all__ = [
     "GroupedBottleneck",
     "GroupedInverted",
     "PathBasic",
+    "PathBottleneck",
+    "PathInverted",
     "ReadAnswer",
     "Reorder",
     "Residual",
@@ -67,6 +72,7 @@ __all__ = [
     "folded_conv",
     "kernel_norm",
     "make_shortcut",
+    "path_share",
     "sliced_conv",
     "sliced_norm",
     "tensors",

@@ -179,7 +179,7 @@ def common_width(keep_BG: Tensor) -> int | None:
     return width if bool((width_B == width).all()) else None
 
 
-def sliced_conv(conv: nn.Conv2d, outputs: slice, inputs: slice) -> nn.Conv2d:
+def sliced_conv(conv: nn.Conv2d, outputs: slice | Tensor, inputs: slice | Tensor) -> nn.Conv2d:
     """A smaller convolution with the weights of the given output and input channels, bias included.
 
     Depthwise (as many groups as channels), each output reads its own input alone: both slices must be the same.
@@ -189,7 +189,7 @@ def sliced_conv(conv: nn.Conv2d, outputs: slice, inputs: slice) -> nn.Conv2d:
         weight = weight[:, inputs]
     else:
         assert conv.groups == conv.in_channels == conv.out_channels, "groups of several channels cannot be sliced"
-        assert outputs == inputs, "a depthwise convolution reads the very channels that it writes"
+        assert outputs is inputs or outputs == inputs, "a depthwise convolution reads the very channels that it writes"
         groups = len(weight)
     sizes: dict[str, Any] = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
     small = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], bias=conv.bias is not None, groups=groups, **sizes)
@@ -199,9 +199,9 @@ def sliced_conv(conv: nn.Conv2d, outputs: slice, inputs: slice) -> nn.Conv2d:
     return small
 
 
-def sliced_norm(norm: nn.BatchNorm2d, channels: slice) -> nn.BatchNorm2d:
+def sliced_norm(norm: nn.BatchNorm2d, channels: slice | Tensor) -> nn.BatchNorm2d:
     """A BatchNorm (eval) of some of the channels."""
-    small = nn.BatchNorm2d(len(range(*channels.indices(norm.num_features))), eps=norm.eps)
+    small = nn.BatchNorm2d(len(norm.weight.detach()[channels]), eps=norm.eps)
     for name in STATISTICS:
         setattr(getattr(small, name), "data", getattr(norm, name).detach()[channels].clone())  # noqa: B010
     return small.to(norm.weight.device).eval()

@@ -5,8 +5,6 @@ B images, G parts, C channels, H W height and width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,20 +12,19 @@ from torch import Tensor, nn
 from dynroute.contracts import Form, UnitSpec
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import (
-    STATISTICS,
     Residual,
     Unit,
     Weights,
     WidthNorm,
     channel_mask,
     common_width,
-    folded_conv,
     make_shortcut,
     sliced_conv,
     sliced_norm,
     tensors,
 )
 from dynroute.units.choice import ChoiceBasic
+from dynroute.units.paths import dealt, gated_sum, opened_channels, shared_out, summed_conv
 from dynroute.units.ranking import best_first
 
 
@@ -184,45 +181,40 @@ class PathBasic(BasicUnit):
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
         u = F.relu(self.bn1(self.conv1(x_BCHW)))
-        out = self.shortcut(x_BCHW)
-        for g, (part, conv, norm) in enumerate(zip(u.split(self.sizes, 1), self.conv2, self.bn2, strict=True)):
-            y = norm(conv(part))
-            out = out + (y if keep_BG is None else y * keep_BG[:, g, None, None, None].to(y.dtype))
-        return F.relu(out)
+        return F.relu(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv2, self.bn2, keep_BG))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The open sub-blocks as one block: concatenated, with each last BatchNorm folded into its convolution."""
-        opened = [g for g in range(len(self.sizes)) if keep[g]]
+        opened = [g for g, on in enumerate(keep) if on]
         if not opened:
             return Residual(self.shortcut, None)
-        starts = [sum(self.sizes[:g]) for g in opened]
-        rows = torch.cat([torch.arange(s, s + self.sizes[g]) for s, g in zip(starts, opened, strict=True)])
-        stride: Any = self.conv1.stride
-        first = nn.Conv2d(self.spec.in_channels, len(rows), 3, stride, 1, bias=False).to(self.conv1.weight.device)
-        first.weight.data = self.conv1.weight.detach()[rows]
-        norm = nn.BatchNorm2d(len(rows), eps=self.bn1.eps).to(first.weight.device)
-        for name in STATISTICS:
-            getattr(norm, name).data = getattr(self.bn1, name).detach()[rows]
-        last = nn.Conv2d(len(rows), self.out_channels, 3, 1, 1).to(first.weight.device)
-        folded = [folded_conv(self.conv2[g], self.bn2[g]) for g in opened]  # type: ignore[arg-type]
-        last.weight.data = torch.cat([weight for weight, _ in folded], 1)
-        assert last.bias is not None
-        last.bias.data = torch.stack([bias for _, bias in folded]).sum(0)
-        return Residual(self.shortcut, nn.Sequential(first, norm, nn.ReLU(), last)).eval()
+        rows = opened_channels(self.sizes, opened).to(self.conv1.weight.device)
+        return Residual(
+            self.shortcut,
+            nn.Sequential(
+                sliced_conv(self.conv1, rows, slice(None)),
+                sliced_norm(self.bn1, rows),
+                nn.ReLU(),
+                summed_conv(self.conv2, self.bn2, opened),
+            ),
+        ).eval()
+
+    def cost_terms(self) -> CostTerms:
+        """As for other basic blocks; the dense net is that of the plain block, which sub-blocks may exceed together."""
+        terms = super().cost_terms()
+        one = sum(terms.by_part_G) / sum(self.sizes)
+        return terms._replace(plain=terms.always + self.out_channels * one)
 
     def dealt(self, order: Tensor) -> Tensor:
         """Sub-blocks get every N-th rank, so that they start equally good."""
-        return torch.cat([order[g :: len(self.sizes)] for g in range(len(self.sizes))])
+        return dealt(order, len(self.sizes))
 
     def load_last(self, conv2: Tensor, bn2: dict[str, Tensor]) -> None:
         """Each sub-block gets its part; mean and bias of the BatchNorm are shared out evenly.
 
         With all sub-blocks open, the eval-mode net computes the dense net exactly.
         """
-        for weight, conv, norm in zip(conv2.split(self.sizes, 1), self.conv2, self.bn2, strict=True):
-            conv.weight.copy_(weight)  # type: ignore[operator]
-            for key, value in bn2.items():
-                getattr(norm, key).copy_(value / len(self.sizes) if key in ("bias", "running_mean") else value)
+        shared_out(conv2, bn2, self.sizes, self.conv2, self.bn2)
 
 
 BASIC: dict[str, type[BasicUnit] | type[ChoiceBasic]] = {

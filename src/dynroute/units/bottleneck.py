@@ -1,10 +1,11 @@
-"""Bottleneck blocks (1x1, 3x3, 1x1; He et al., 2016), cut into channel groups.
+"""Bottleneck blocks (1x1, 3x3, 1x1; He et al., 2016), cut into channel groups, or whole as in ResNeXt.
 
 B images, G parts, C channels, H W height and width.
 """
 
 from __future__ import annotations
 
+import copy
 from itertools import accumulate, pairwise
 
 import torch
@@ -25,6 +26,7 @@ from dynroute.units.base import (
     tensors,
 )
 from dynroute.units.choice import ChoiceBottleneck
+from dynroute.units.paths import PathBottleneck
 from dynroute.units.ranking import best_first
 
 
@@ -151,7 +153,82 @@ class GroupedBottleneck(Unit):
         )
 
 
-BOTTLENECK: dict[str, type[GroupedBottleneck] | type[ChoiceBottleneck]] = {
+class AggregatedBottleneck(Unit):
+    """ResNeXt block (Xie et al., 2017): a bottleneck with a grouped 3x3 convolution, always whole; for static nets.
+
+    DMNN with all gates open computes such a net. sizes: one number, hidden channels. groups: of the 3x3 convolution.
+    in_size: height (= width) of the input, for the MAC count.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        sizes: list[int],
+        in_size: int,
+        shortcut: str = "B",
+        stage: int = 1,
+        stages: int = 1,
+        *,
+        groups: int,
+    ) -> None:
+        super().__init__()
+        (hidden,) = sizes
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_size, self.out_size = in_size, (in_size + stride - 1) // stride
+        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.spec = UnitSpec(name, in_channels, 1, "nested", False, (1.0,), stage, stages)
+
+    def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
+        """The whole block, whatever is kept: nothing kept is not legal."""
+        u = F.relu(self.bn1(self.conv1(x_BCHW)))
+        u = F.relu(self.bn2(self.conv2(u)))
+        return F.relu(self.shortcut(x_BCHW) + self.bn3(self.conv3(u)))
+
+    def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
+        """The whole block as a plain one."""
+        layers = (self.conv1, self.bn1, nn.ReLU(), self.conv2, self.bn2, nn.ReLU(), self.conv3, self.bn3)
+        return Residual(self.shortcut, nn.Sequential(*map(copy.deepcopy, layers))).eval()
+
+    def cost_terms(self) -> CostTerms:
+        """One part; a projection shortcut is counted apart."""
+        hidden = self.conv2.out_channels
+        first = conv_macs(self.in_size, 1, self.in_channels, hidden)
+        middle = conv_macs(self.out_size, 3, hidden, hidden, self.conv2.groups)
+        last = conv_macs(self.out_size, 1, hidden, self.out_channels)
+        projection = isinstance(self.shortcut, nn.Sequential)
+        always = conv_macs(self.out_size, 1, self.in_channels, self.out_channels) if projection else 0
+        return CostTerms(always, (float(first + middle + last),))
+
+    @torch.no_grad()
+    def load_dense(self, weights: Weights) -> None:
+        """Import the block as it is."""
+        for name, layer in self._layers().items():
+            weights.copy(layer, name)
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The block as it is."""
+        return {
+            f"{name}.{key}": v.detach() for name, layer in self._layers().items() for key, v in tensors(layer).items()
+        }
+
+    def _layers(self) -> dict[str, nn.Module]:
+        names = ["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"]
+        names += ["shortcut.0", "shortcut.1"] if isinstance(self.shortcut, nn.Sequential) else []
+        return {name: self.get_submodule(name) for name in names}
+
+
+AGGREGATED = {"channels": AggregatedBottleneck}
+BOTTLENECK: dict[str, type[GroupedBottleneck] | type[ChoiceBottleneck] | type[PathBottleneck]] = {
     "channels": GroupedBottleneck,
+    "paths": PathBottleneck,
     "choice": ChoiceBottleneck,
 }

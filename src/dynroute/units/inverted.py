@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import Unit, Weights, WidthNorm, channel_mask, sliced_conv, sliced_norm, tensors
+from dynroute.units.paths import PathInverted
 from dynroute.units.ranking import best_first
 
 
@@ -125,4 +126,4 @@ class GroupedInverted(Unit):
         return {f"{name}.{key}": v.detach() for name, layer in layers.items() for key, v in tensors(layer).items()}
 
 
-INVERTED: dict[str, type[GroupedInverted]] = {"channels": GroupedInverted}
+INVERTED: dict[str, type[GroupedInverted] | type[PathInverted]] = {"channels": GroupedInverted, "paths": PathInverted}

@@ -1,0 +1,217 @@
+"""DMNN sub-blocks of bottlenecks and inverted residuals: contract, parameters of the paper, the plain net they equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.models
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+
+from dynroute.backbones import BACKBONES, BackboneOptions
+from dynroute.data import DataSpec
+from dynroute.net import RoutedNet
+from dynroute.runs import inference_parameters
+from dynroute.testing import check_unit, close, shake
+from dynroute.units import AggregatedBottleneck, PathBottleneck, PathInverted, even_split, folded_conv, path_share
+from tiny import make_backbone, make_router, pictures
+
+SIZE = 5
+IMAGENET = DataSpec("imagenet", 224, 1000, tuple(map(str, range(1000))))
+CIFAR = DataSpec("cifar100", 32, 100, tuple(map(str, range(100))))
+
+
+def bottleneck(
+    parts: int = 3, stride: int = 1, channels: tuple[int, int] = (12, 12), kind: Any = PathBottleneck
+) -> Any:
+    torch.manual_seed(0)
+    return kind("unit", *channels, stride, [4] * parts, in_size=SIZE)
+
+
+def inverted(parts: int = 3, stride: int = 1, channels: tuple[int, int] = (6, 6)) -> Any:
+    torch.manual_seed(0)
+    return PathInverted("unit", *channels, stride, even_split(20, parts), in_size=SIZE)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize(("stride", "channels"), [(1, (12, 12)), (1, (12, 20)), (2, (12, 20))])
+@pytest.mark.parametrize("make", [bottleneck, inverted])
+def test_sub_blocks_keep_their_contract(make: Any, parts: int, stride: int, channels: tuple[int, int]) -> None:
+    check_unit(make(parts, stride, channels), SIZE)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_aggregated_blocks_keep_their_contract(stride: int) -> None:
+    check_unit(AggregatedBottleneck("unit", 12, 20, stride, [6], in_size=SIZE, groups=2), SIZE)
+
+
+class OneNorm(PathBottleneck):
+    """The last BatchNorm once for the sum instead of once for each sub-block: wrong as soon as a gate is closed."""
+
+    def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
+        u = F.relu(self.bn1(self.conv1(x_BCHW)))
+        middle = [conv(part) for part, conv in zip(u.split(self.sizes, 1), self.conv2, strict=True)]
+        u = F.relu(self.bn2(torch.cat(middle, 1)))
+        y = sum(
+            conv(part) * (1 if keep_BG is None else keep_BG[:, g, None, None, None])
+            for g, (part, conv) in enumerate(zip(u.split(self.sizes, 1), self.conv3, strict=True))
+        )
+        return F.relu(self.shortcut(x_BCHW) + self.bn3[0](y))
+
+
+def test_check_unit_catches_one_batch_norm_for_the_sum() -> None:
+    with pytest.raises(AssertionError, match="disagree"):
+        check_unit(bottleneck(kind=OneNorm), SIZE)
+
+
+@pytest.mark.parametrize("unit", [bottleneck(2), inverted(2)], ids=["bottleneck", "inverted"])
+def test_batch_statistics_are_each_sub_blocks_own_and_see_all_images(unit: Any) -> None:
+    """Training equals sub-blocks written out one by one, closed ones included in their own statistics."""
+    first, norm1, norm2, last = (
+        (unit.conv1, unit.bn1, unit.bn2, unit.conv3)
+        if isinstance(unit, PathBottleneck)
+        else (unit.expand, unit.bn1, unit.bn2, unit.project)
+    )
+    clip = F.relu if isinstance(unit, PathBottleneck) else F.relu6
+    shake(unit)
+    x, keep = torch.randn(4, unit.spec.in_channels, SIZE, SIZE), torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]])
+    expected, start = x, 0
+    for g, size in enumerate(unit.sizes):
+        rows = slice(start, start + size)
+        u = F.conv2d(x, first.weight[rows])
+        u = clip(F.batch_norm(u, None, None, norm1.weight[rows], norm1.bias[rows], True))
+        if isinstance(unit, PathBottleneck):
+            u = F.conv2d(u, unit.conv2[g].weight, padding=1)  # type: ignore[arg-type]
+        else:
+            u = F.conv2d(u, unit.depthwise.weight[rows], padding=1, groups=size)
+        u = clip(F.batch_norm(u, None, None, norm2.weight[rows], norm2.bias[rows], True))
+        norm = unit.bn3[g]
+        y = F.batch_norm(F.conv2d(u, last[g].weight), None, None, norm.weight, norm.bias, True)
+        expected, start = expected + y * keep[:, g, None, None, None], start + size
+    if isinstance(unit, PathBottleneck):
+        expected = F.relu(expected)
+    assert close(unit.train()(x, keep), expected)
+
+
+@torch.no_grad()
+def as_torchvision(unit: PathBottleneck, stride: int) -> Bottleneck:
+    """Torchvision's grouped block with the weights of all sub-blocks: last BatchNorms folded, their biases summed."""
+    projection = unit.shortcut if isinstance(unit.shortcut, nn.Sequential) else None
+    each = unit.sizes[0] * 64 / (unit.out_channels // 4)
+    block = Bottleneck(
+        unit.in_channels, unit.out_channels // 4, stride, projection, groups=len(unit.sizes), base_width=each
+    )
+    block.conv1.weight.copy_(unit.conv1.weight)
+    block.bn1.load_state_dict(unit.bn1.state_dict())
+    block.conv2.weight.copy_(torch.cat([conv.weight for conv in unit.conv2]))  # type: ignore[arg-type]
+    block.bn2.load_state_dict(unit.bn2.state_dict())
+    folded = [folded_conv(c, n) for c, n in zip(unit.conv3, unit.bn3, strict=True)]  # type: ignore[arg-type]
+    block.conv3.weight.copy_(torch.cat([weight for weight, _ in folded], 1))
+    for name, value in (("weight", 1), ("running_mean", 0), ("running_var", 1 - block.bn3.eps)):
+        getattr(block.bn3, name).fill_(value)
+    block.bn3.bias.copy_(sum(bias for _, bias in folded))
+    return block
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_all_gates_open_is_a_net_of_torchvisions_grouped_blocks(parts: int) -> None:
+    torch.manual_seed(0)
+    backbone = make_backbone("resnet50", "paths", parts, width=8, size=32)
+    shake(backbone)
+    units = [unit for unit in backbone.routable if isinstance(unit, PathBottleneck)]
+    blocks = [as_torchvision(unit, unit.in_size // unit.out_size) for unit in units]
+    theirs = nn.Sequential(backbone.stem, *blocks, backbone.head).eval()
+    net = RoutedNet(backbone, make_router("static", backbone.specs)).eval()
+    x = pictures(2, size=32)
+    with torch.no_grad():
+        assert close(net(x, net.dense_routes(2)).logits_BK, theirs(x))
+    assert len(blocks) == 16
+
+
+def test_mobilenet_sub_blocks_start_as_the_dense_net() -> None:
+    torch.manual_seed(3)
+    source = torchvision.models.mobilenet_v2(num_classes=10)
+    shake(source)
+    backbone, x = make_backbone("mobilenet_v2", "paths", 2, width=0, size=32), pictures(2, size=32)
+    backbone.load_dense(source.state_dict())
+    net = RoutedNet(backbone, make_router("static", backbone.specs)).eval()
+    with torch.no_grad():
+        assert close(net(x, net.dense_routes(2)).logits_BK, source.eval()(x))
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------
+
+
+def parameters(name: str, parts: int, spec: DataSpec = IMAGENET) -> tuple[float, RoutedNet]:
+    """Millions of parameters, of the router's those that stay after training; parts 0: the static net."""
+    unit = "paths" if parts else "channels"
+    with torch.device("meta"):
+        backbone = BACKBONES[name](spec, BackboneOptions(name, unit=unit, parts=parts or 1).resolved(unit))
+        net = RoutedNet(backbone, make_router("dmnn" if parts else "static", backbone.specs))
+    return inference_parameters(net) / 1e6, net
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "millions"),
+    [
+        ("resnet50", 2, 24.67),
+        ("resnet50", 3, 25.81),
+        ("resnet50", 4, 25.81),
+        ("resnet101", 2, 43.12),
+        ("mobilenet_v2", 2, 3.63),
+        ("mobilenet_v2_140", 2, 6.29),
+        ("resnet50", 0, 25.56),
+        ("resnet101", 0, 44.55),
+        ("mobilenet_v2", 0, 3.50),
+        ("mobilenet_v2_140", 0, 6.09),
+        ("resnext50_2x40d", 0, 25.4),
+        ("resnext50_4x24d", 0, 25.3),
+        ("resnext101_2x40d", 0, 44.46),
+    ],
+)
+def test_parameters_of_the_papers_tables(name: str, parts: int, millions: float) -> None:
+    assert parameters(name, parts)[0] == pytest.approx(millions, abs=0.06)
+
+
+def test_controllers_cost_next_to_nothing() -> None:
+    for parts in (2, 3, 4):
+        cost = parameters("resnet50", parts)[1].cost
+        assert cost.router <= 0.0005 * cost.dense == 0.0005 * 4_089_184_256
+
+
+@pytest.mark.parametrize(("name", "parts"), [("resnet50", 4), ("resnet18", 2), ("mobilenet_v2", 2)])
+def test_shares_are_of_the_plain_net(name: str, parts: int) -> None:
+    routed, plain = (parameters(name, n)[1].cost.dense for n in (parts, 0))
+    assert routed == plain
+
+
+def test_the_cifar_bottleneck_net_costs_what_the_paper_says() -> None:
+    assert parameters("resnet50_cifar", 0, CIFAR)[1].cost.dense / 1e9 == pytest.approx(0.33, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("parts", "widths"), [(2, [38, 76, 153, 307]), (3, [29, 59, 119, 239]), (4, [24, 48, 96, 192])]
+)
+def test_sub_blocks_are_as_wide_as_the_parameter_column_says(parts: int, widths: list[int]) -> None:
+    options = BackboneOptions(unit="paths", parts=parts)
+    assert [options.sizes(w, middle=True) for w in (64, 128, 256, 512)] == [[w] * parts for w in widths]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 6, 8, 16])
+def test_sub_blocks_of_a_bottleneck_have_about_its_parameters(parts: int) -> None:
+    share = path_share(parts)
+    assert parts * (8 * share + 9 * share**2) / 17 == pytest.approx(1, abs=0.06 if parts == 2 else 0.01)
+
+
+def test_sub_blocks_of_basic_blocks_are_widened_where_asked_for() -> None:
+    equal, wider = (BackboneOptions(unit="paths", parts=2, path_least=least) for least in (0, 16))
+    assert [equal.sizes(w) for w in (16, 32, 64)] == [[8, 8], [16, 16], [32, 32]]
+    assert [wider.sizes(w) for w in (16, 32, 64)] == [[16, 16], [16, 16], [32, 32]]
+    assert BackboneOptions(unit="paths", parts=2, path_width=0.75).sizes(16) == [12, 12]
+    backbone = BACKBONES["resnet20"](CIFAR, BackboneOptions("resnet20", unit="paths", parts=2, path_least=16))
+    plain = BACKBONES["resnet20"](CIFAR, BackboneOptions("resnet20", unit="channels", parts=1))
+    assert backbone.dense_macs == plain.dense_macs
+    assert sum(backbone.terms()[0].by_part_G) == 2 * plain.terms()[0].total
