@@ -91,6 +91,8 @@ class Config:
             del values[key]
         values["data"].pop("path")
         values["data"].pop("workers")
+        if values["data"]["superclasses"] == "auto":
+            values["data"].pop("superclasses")  # so that the rows of before it was an option keep their hash
         for section, key in (("backbone", "weights"), ("optim", "teacher")):
             if values[section][key]:
                 values[section][key] = Path(values[section][key]).name
