@@ -215,3 +215,51 @@ def test_macs_by_hand_and_by_count(previous: bool) -> None:
 def test_options_out_of_range(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"router.{name}"):
         DmnnOptions(**{name: value})  # type: ignore[arg-type]
+
+
+# --- ConvNet-AIG ------------------------------------------------------------------------------------------------
+
+AIG = {"hidden": 16, "norm": True, "previous": False, "category": False, "resource": "aig"}
+
+
+def test_the_gate_of_convnet_aig_by_hand() -> None:
+    torch.manual_seed(0)
+    router = GateRouter([replace(SPEC, parts=1, part_shares=(1.0,))], DmnnOptions(**AIG)).eval()  # type: ignore[arg-type]
+    assert router.norms is not None
+    nn.init.normal_(router.gates[0].weight)  # type: ignore[arg-type, union-attr]
+    norm = router.norms[0]
+    norm.running_mean.copy_(torch.randn(16))  # type: ignore[operator, union-attr]
+    norm.bias.data.copy_(torch.randn(16))  # type: ignore[operator, union-attr]
+    x = torch.randn(5, 4, 3, 3)
+    hidden = (x.mean((2, 3)) @ router.features[0].weight.T - norm.running_mean) / (1 + norm.eps) ** 0.5 + norm.bias  # type: ignore[operator, union-attr]
+    logits = F.relu(hidden) @ router.gates[0].weight.T + router.gates[0].bias  # type: ignore[operator, union-attr]
+    decision, _ = router.decide(0, x, None)
+    assert torch.allclose(decision.notes["logits"][:, 0], logits[:, 1] - logits[:, 0], atol=1e-5)
+    assert router.macs() == 4 * 16 + 16 * 2 == count_macs(lambda: router.decide(0, x[:1], None))
+
+
+def test_the_resource_loss_of_convnet_aig_is_the_mean_miss_of_each_blocks_target() -> None:
+    net, targets = make_net("dmnn", "paths"), [1.0, 0.5, 0.2]
+    options = DmnnOptions(**AIG, targets=targets, resource_weight=3.0)  # type: ignore[arg-type]
+    net = RoutedNet(net.backbone, GateRouter(net.backbone.specs, options)).train()
+    out = net(pictures(8))
+    (phase,) = phases(net, options)
+    batch = Batch(pictures(8), torch.arange(8), None, torch.arange(8))
+    rates = out.trace.keep_BUG.detach().mean((0, 2)).tolist()
+    by_hand = 3 * sum((rate - target) ** 2 for rate, target in zip(rates, targets, strict=True)) / 3
+    assert float(phase.loss(out, batch)["loss_resource"].detach()) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_every_block_may_have_its_target_in_dmnn_too() -> None:
+    keep_BUG = torch.tensor([[[1.0, 0], [1, 1]]])
+    loss = resource_loss(output(keep_BUG, [50.0]), torch.tensor([2, 2]), 0.5, 100.0, torch.tensor([0.5, 0.7]))
+    assert float(loss) == pytest.approx(0.3**2)
+
+
+def test_targets_must_fit_the_net() -> None:
+    with pytest.raises(InputError, match=r"router\.targets must be as many as the net has blocks, 3, not 2"):
+        GateRouter(SPECS, DmnnOptions(targets=[0.5, 0.5]))
+    with pytest.raises(InputError, match=r"router\.targets"):
+        DmnnOptions(targets=[1.5])
+    with pytest.raises(InputError, match=r"router\.resource must be dmnn or aig"):
+        DmnnOptions(resource="mean")

@@ -71,3 +71,31 @@ def test_rnp_configurations_differ_in_penalty_and_groups_and_reach_their_target(
     cheapest, _ = RoutedNet(backbone, make_router("static", backbone.specs)).span()
     speed_up = int(name.removeprefix("rnp_vgg16_").removesuffix("x"))
     assert cheapest < 0.95 / speed_up
+
+
+GATED = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem.startswith(("dmnn", "convnet_aig")))
+STATIC = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem.startswith(("res", "mobilenet")))
+
+
+@pytest.mark.parametrize("name", [*GATED, *STATIC])
+def test_rows_of_dmnns_tables_say_what_their_name_says(name: str) -> None:
+    config = load_config(EXPERIMENTS / f"{name}.yaml")
+    assert config.name == name
+    assert config.backbone.name in BACKBONES
+    if name in STATIC:
+        assert config.router_name == "static" and config.router.width == 1.0
+        return
+    assert config.router.target == float(name.split("_t")[1].split("_")[0])
+    parts = int(name.split("_n")[1][0]) if "_n" in name and not name.startswith("convnet") else 1
+    assert (config.backbone.unit, config.backbone.parts) == ("paths", parts)
+    assert config.router.previous == ("noprev" not in name and parts > 1)
+    assert config.router.category == ("nocat" not in name and parts > 1)
+
+
+@pytest.mark.parametrize("name", ["dmnn50_n4_t0.7", "dmnn_mobilenetv2_1.4_n2_t0.9", "convnet_aig50_t0.7"])
+def test_gated_rows_train(name: str, jpegs: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "data.image_size=32", "router.epochs=1", f"data.path={jpegs}"]
+    words += [] if "mobilenet" in name else ["backbone.width=8"]
+    assert main(["train", "-c", str(EXPERIMENTS / f"{name}.yaml"), *words, "--out", str(tmp_path / "run")]) == 0
+    (row,) = read_rows(tmp_path / "run" / "train.csv")
+    assert (row["phase"], int(row["calib_always_on"]) + int(row["calib_never_on"])) >= ("joint", 0)

@@ -338,13 +338,18 @@ class Progress:
         if self.bar:
             done, total = (step.epoch - 1) * step.steps + step.step, step.epochs * step.steps
             self.bar.update(self.task, description=name, completed=done, total=total, loss=f"loss {step.loss:.3f}")
+        say = self.bar.console.print if self.bar else print
         if step.row:
-            say = self.bar.console.print if self.bar else print
             row = step.row
             learned = f"loss {row['loss']:.3f}, calibration top-1 {row['calib_top1']:.3f}"
-            routed = f"share {row['calib_share']:.3f}, {row['calib_routes']} routes"
-            say(f"{name}: {learned}, {routed}, {row['images_per_s']:.0f} img/s")
-            sys.stdout.flush()
+            routed = f"share {row['calib_share']:.3f}, {row['calib_routes']} routes, {row['calib_executed']:.3f} of the parts"
+            fixed = (
+                f"{row['calib_always_on']} always on, {row['calib_never_on']} never, entropy {row['calib_entropy']:.2f}"
+            )
+            say(f"{name}: {learned}, {routed}, {fixed}, {row['images_per_s']:.0f} img/s")
+        for remark in step.remarks:
+            say(f"{name}: note: {remark}")
+        sys.stdout.flush()
 
 
 def print_results(results: list[Any]) -> None:

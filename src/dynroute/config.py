@@ -91,6 +91,8 @@ class Config:
             del values[key]
         values["data"].pop("path")
         values["data"].pop("workers")
+        if values["data"]["superclasses"] == "auto":
+            values["data"].pop("superclasses")  # so that the rows of before it was an option keep their hash
         body = values["backbone"]
         for section, key in ((body, "weights"), (values["optim"], "teacher")):
             if section[key]:

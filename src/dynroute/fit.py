@@ -30,6 +30,7 @@ WATCHED = (
     2500  # calibration images looked at after every epoch; their mean share transfers to test within 0.01 (measured)
 )
 FORMAT = 1  # of checkpoints
+MISS = 0.05  # of the share of parts that a phase asks for, beyond which an epoch is remarked upon
 KEPT = "the last good checkpoint is kept; lower optim.lr"
 
 
@@ -87,7 +88,10 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Step:
-    """What a listener hears after each minibatch; row: the finished epoch's line of train.csv, at its last minibatch."""
+    """What a listener hears after each minibatch; row: the finished epoch's line of train.csv, at its last minibatch.
+
+    remarks: sentences for the user, at the start of training or about the finished epoch.
+    """
 
     phase: str
     epoch: int
@@ -96,6 +100,7 @@ class Step:
     steps: int
     loss: float
     row: dict[str, Any] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 Listener = Callable[[Step], None]
@@ -131,6 +136,8 @@ def fit(
         _save(net, folder / LAST, rows, meta, {})
     phases = [phase for phase in phases if phase.epochs]
     total, before = sum(phase.epochs for phase in phases), 0
+    if net.router.remarks and len(rows) < total:
+        listener(Step(phases[0].name, 1, total, 0, 1, math.nan, remarks=net.router.remarks))
     for phase in phases:
         if len(rows) < before + phase.epochs:
             part = _Part(net, data, phase, options, seed, workers, teacher)
@@ -198,7 +205,7 @@ class _Part:
         if not all(bool(value.isfinite().all()) for value in self.net.state_dict().values()):
             raise Diverged(f"weights are no longer finite in phase {self.phase.name!r}: {KEPT}")
         row = self._row(epoch, {k: float(v) / steps for k, v in sums.items()}, time.perf_counter() - started)
-        listener(Step(self.phase.name, epoch + 1, total, steps, steps, row["loss"], row))
+        listener(Step(self.phase.name, epoch + 1, total, steps, steps, row["loss"], row, remarks(self.phase, row)))
         return row
 
     def _step(self, batch: Batch, done: float) -> dict[str, Tensor]:
@@ -250,8 +257,20 @@ class _Part:
             "calib_top1": float(scores.right_N.float().mean()),
             "calib_share": float(scores.macs_N.mean()) / self.net.cost.dense,
             "calib_routes": scores.routes(),
+            **{f"calib_{name}": value for name, value in scores.watched(self.net.backbone.specs).items()},
             "images_per_s": len(self.data.train) / seconds,
         }
+
+
+def remarks(phase: Phase, row: dict[str, Any]) -> tuple[str, ...]:
+    """What a finished epoch's row says against the routing: one route for all images, a target missed by more than MISS."""
+    said: list[str] = []
+    if "router" in phase.trains and row["calib_routes"] == 1:
+        said.append("all images of the calibration split take one route")
+    executed = row["calib_executed"]
+    if phase.target is not None and abs(executed - phase.target) > MISS:
+        said.append(f"{executed:.3f} of the parts run on the calibration split, {phase.target:.3f} are asked for")
+    return tuple(said)
 
 
 def make_optimizers(

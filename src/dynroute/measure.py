@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynroute.contracts import Batch, Output
+from dynroute.contracts import Batch, Output, UnitSpec
 from dynroute.net import RoutedNet
 from dynroute.routers import Router
 from dynroute.skipping import FastNet
@@ -43,6 +43,22 @@ class Scores:
     def routes(self) -> int:
         """Number of distinct routes."""
         return len(self.keep_NUG.flatten(1).unique(dim=0))
+
+    def watched(self, specs: Sequence[UnitSpec]) -> dict[str, float]:
+        """What shows whether routes collapse. executed: share of the parts that run, mean over units (e_l of DMNN's (11)).
+
+        entropy: bits of a part's on or off over the images, mean over all parts: 0 where no part ever changes, 1 where each
+        runs for half of the images. always_on, never_on: how many parts run for every image, for none.
+        """
+        rates = [self.keep_NUG[:, u, : spec.parts].double().mean(0) for u, spec in enumerate(specs)]
+        rate = torch.cat(rates)
+        entropy = -(torch.xlogy(rate, rate) + torch.xlogy(1 - rate, 1 - rate)) / math.log(2)
+        return {
+            "executed": float(torch.stack([r.mean() for r in rates]).mean()),
+            "entropy": float(entropy.mean()) + 0.0,
+            "always_on": int((rate == 1).sum()),
+            "never_on": int((rate == 0).sum()),
+        }
 
 
 @torch.inference_mode()

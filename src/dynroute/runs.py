@@ -70,6 +70,8 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
     def heard(step: Step) -> None:
         if step.row:
             log.info(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in step.row.items()))
+        for remark in step.remarks:
+            log.info("note: %s", remark)
         listener(step)
 
     meta = {"config": config.yaml(), "data": dataclasses.asdict(data.spec)}

@@ -12,6 +12,7 @@ from dynroute.data.cifar import CIFAR10, CIFAR100, cifar10, cifar100
 from dynroute.data.drawing import shapes
 from dynroute.data.folders import folder, imagenet, pictures
 from dynroute.data.spec import DataOptions, Dataset, DataSpec, FileSplit, Split, limited
+from dynroute.data.superclasses import FOLDERS, described, imagenet_categories, with_superclasses
 
 __all__ = [
     "DATASETS",
@@ -49,16 +50,18 @@ def load(options: DataOptions, seed: int = 0, make: MakeDataset | None = None) -
     if make is None and options.name not in DATASETS:
         raise unknown("data set", options.name, DATASETS)
     check(options)
-    dataset = (make or DATASETS[options.name])(options, seed)
+    dataset = with_superclasses((make or DATASETS[options.name])(options, seed), options)
     dataset.spec = replace(dataset.spec, augment=options.augment)
     return dataset
 
 
 def known_spec(options: DataOptions) -> DataSpec | None:
     """The description of a data set that its name alone tells, so that a net can be sized without the images; else None."""
-    imagenet_spec = DataSpec("imagenet", 224, 1000, tuple(map(str, range(1000))))
+    imagenet_spec = DataSpec("imagenet", 224, 1000, tuple(imagenet_categories()))
     spec = {"cifar10": CIFAR10, "cifar100": CIFAR100, "imagenet": imagenet_spec}.get(options.name)
-    return spec and replace(spec, image_size=options.image_size or spec.image_size)
+    if spec is None or options.superclasses == FOLDERS:
+        return None
+    return described(replace(spec, image_size=options.image_size or spec.image_size), options)
 
 
 def check(options: DataOptions) -> None:
@@ -68,5 +71,7 @@ def check(options: DataOptions) -> None:
     for name in ("train_images", "test_images", "workers"):
         if getattr(options, name) < 0:
             raise InputError(f"data.{name} must not be negative, but is {getattr(options, name)}")
+    if options.superclasses == FOLDERS and options.name not in ("folder", "imagenet"):
+        raise InputError(f"data.superclasses=folders is for data.name=folder or imagenet, not {options.name}")
     if options.image_size != 0 and options.image_size < 8:
         raise InputError(f"data.image_size must be 0 (the data's own) or at least 8, not {options.image_size}")

@@ -1,6 +1,7 @@
 """Image folders: train/CLASS/*.png with val/ or test/ beside train/, as ImageNet's are laid out.
 
-test/ is the test split; without one, val/ is. With both, val/ is the calibration split.
+test/ is the test split; without one, val/ is. With both, val/ is the calibration split. With data.superclasses=folders the
+class folders lie one level deeper, in folders of their superclasses, and classes are called SUPERCLASS/CLASS.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from dynroute.contracts import InputError
 from dynroute.data.files import SUFFIXES, into_memory
 from dynroute.data.spec import DataOptions, Dataset, DataSpec, FileSplit, assemble
+from dynroute.data.superclasses import FOLDERS
 
 IN_MEMORY_BYTES = 512 * 2**20  # decoded; sets above this stay on disk
 
@@ -50,14 +52,15 @@ def read(options: DataOptions, size: int, short_side: int) -> Dataset:
     root = Path(options.path)
     if not (root / "train").is_dir():
         raise InputError(f"{root}: no folder train/ inside")
-    names = class_names(root / "train")
+    nested = options.superclasses == FOLDERS
+    names = class_names(root / "train", nested)
     if len(names) < 2:
         raise InputError(f"{root / 'train'}: at least two class folders are needed, not {len(names)}")
     there = [name for name in ("test", "val") if (root / name).is_dir()]
     if not there:
         raise InputError(f"{root}: no folder val/ or test/ inside")
     spec = DataSpec(options.name, size, len(names), names)
-    train, test, *val = (listed(root / part, names, short_side) for part in ("train", *there))
+    train, test, *val = (listed(root / part, names, short_side, nested) for part in ("train", *there))
     on_disk = assemble(spec, options, train, test, *val)
     parts = [part for part in (on_disk.train, on_disk.calibration, on_disk.test) if isinstance(part, FileSplit)]
     if sum(len(part) for part in parts) * size * size * 3 > IN_MEMORY_BYTES:
@@ -65,16 +68,17 @@ def read(options: DataOptions, size: int, short_side: int) -> Dataset:
     return Dataset(spec, *(into_memory(part, size) for part in parts))
 
 
-def class_names(folder: Path) -> tuple[str, ...]:
-    """The sorted names of the class folders; hidden ones are passed over."""
-    return tuple(sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")))
+def class_names(folder: Path, nested: bool = False) -> tuple[str, ...]:
+    """The sorted names of the class folders; hidden ones are passed over. nested: SUPERCLASS/CLASS."""
+    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    return tuple(f"{name}/{own}" for name in names for own in class_names(folder / name)) if nested else tuple(names)
 
 
-def listed(folder: Path, names: tuple[str, ...], short_side: int) -> FileSplit:
+def listed(folder: Path, names: tuple[str, ...], short_side: int, nested: bool = False) -> FileSplit:
     """All image files below a split's class folders. A class may be missing, but not unknown or empty."""
     paths: list[Path] = []
     labels: list[int] = []
-    for name in class_names(folder):
+    for name in class_names(folder, nested):
         if name not in names:
             raise InputError(f"{folder / name}: train/ has no class {name!r}")
         files = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES)

@@ -39,6 +39,9 @@ class DataOptions:
     """Use only so many test images, and of a val split the data brings; 0 is all (shapes: 2000)."""
     workers: int = 0
     """Processes that decode images which do not fit into memory; 0 chooses by the number of cores."""
+    superclasses: str = "auto"
+    """Superclasses of the classes: auto (the data set's own; imagenet: 58 WordNet categories), none, folders (of nested class
+    folders, train/SUPERCLASS/CLASS), or a CSV file of class,superclass rows."""
     augment: bool = True
     """Random crops and horizontal flips of the training images."""
 

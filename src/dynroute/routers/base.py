@@ -26,12 +26,13 @@ class Router(nn.Module):
 
     price: the one budget dial: a charge per share of a unit's multiply-adds, subtracted from the score of whatever would
     run. 0 is the trained point. price_limits: where the dial's end stops lie (beyond them nothing changes any more).
-    train_only: names of submodules that a deployed net does without.
+    train_only: names of submodules that a deployed net does without. remarks: what the user is told when training starts.
     """
 
     price: float = 0.0
     price_limits: tuple[float, float] = (-1e4, 1e4)
     train_only: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, specs: Sequence[UnitSpec]) -> None:
         super().__init__()
@@ -73,6 +74,7 @@ class Phase:
     router_lr: Adam at this rate (and with this router_decay) for the router; None trains it by the backbone's SGD, at
     router_scale times its rate and without weight decay. lr_scale: of optim.lr, for the backbone.
     schedule: called before each minibatch with the part of the phase that is done, 0..1 (exploration, temperature).
+    target: share of the parts that the loss asks for, mean over units; an epoch that ends far from it is remarked upon.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Phase:
     router_scale: float = 1.0
     lr_scale: float = 1.0
     schedule: Callable[[float], None] | None = None
+    target: float | None = None
 
 
 @dataclass(frozen=True)
