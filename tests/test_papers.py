@@ -163,3 +163,39 @@ def test_the_command_works_without_torch(tmp_path: Path) -> None:
     answer = json.loads(done.stdout)
     assert [(p["name"], len(p["rows"])) for p in answer["papers"]] == [("rnp:tab2", 11), ("dmnn:tab4", 5)]
     assert answer["rows"] == []
+
+
+def test_a_missing_row_says_what_makes_it(tmp_path: Path) -> None:
+    """Every command of every row is one that `train` takes, and a file of experiments where it names one."""
+    from dynroute.config import load_config
+
+    rows = [r for p in compared(tmp_path, "all").papers for r in p.rows]
+    for r in rows:
+        assert bool(r["to_make_command"]) == bool(r["to_make_data"]) == (r["to_make_hours"] is not None)
+        assert bool(r["to_make_command"]) != bool(r["to_make_lacks"])
+        for step in filter(None, r["to_make_command"].split(" && ")):
+            program, verb, *words = step.split()
+            assert (program, verb) in (("dynroute", "train"), ("dynroute", "eval"))
+            if verb == "train":
+                file = Path(__file__).parents[1] / words[words.index("-c") + 1] if "-c" in words else None
+                config = load_config(file, [w for w in words if "=" in w])
+                assert config.backbone.name == papers.recipes.backbone(r)
+    assert sum(bool(r["to_make_command"]) for r in rows) == 55
+    assert {r["method"] for r in rows if r["to_make_lacks"]} >= {"jaderberg", "convnet-aig", "slimmable-0.75"}
+
+
+def test_the_number_of_sub_blocks_and_the_ablation_tell_runs_apart(tmp_path: Path) -> None:
+    place = {"share": 0.8, "top1": 0.77, "flops_target": 0.7, "dataset": "imagenet", "backbone": "resnet50"}
+    for parts, off in ((3, ""), (2, ", category: false")):
+        folder = tmp_path / f"n{parts}"
+        merge_eval(folder / "eval.csv", row(**{"run": folder.name, "config_hash": folder.name, **place}))
+        (folder / "config.yaml").write_text(f"backbone: {{parts: {parts}}}\nrouter: {{name: dmnn{off}}}\n")
+    first, ablation = compare([tmp_path / "n2", tmp_path / "n3"], tmp_path / "out", ["dmnn:tab1", "dmnn:tab4"]).papers
+    filled = [(r["method"], r["sub_blocks"]) for r in first.rows if r["run"]]
+    assert filled == [("dmnn", 3)]
+    assert [r["method"] for r in ablation.rows if r["run"]] == ["dmnn-prev"]
+
+
+def test_hours_follow_the_work() -> None:
+    assert papers.recipes.hours("imagenet", 3.96e9, 120) == pytest.approx(120 * 1_281_167 * 6 * 3.96e9 / 3e13 / 3600)
+    assert papers.recipes.hours("cifar10", 1e6, 10) == pytest.approx(500_000 / 5000 / 3600)

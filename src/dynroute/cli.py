@@ -217,6 +217,8 @@ def compare(
         console.print(report.to_rich(comparison.table))
     for table in comparison.papers:
         console.print(report.papers.to_rich(table))
+        for line in report.papers.missing(table):
+            print(f"  not yet: {line}")
     for path, reason in comparison.left_out:
         print(f"left out: {path}: {reason}", file=sys.stderr)
     for path in comparison.files:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynroute.report import papers
+from dynroute.report import papers, recipes
 from dynroute.report.papers import PaperTable
 from dynroute.report.read import LeftOut
 from dynroute.report.tables import WORDS, cells, to_markdown
@@ -34,8 +34,10 @@ PAPER_NOTES = (
     "reported share: of the dense net's multiply-adds; where only a speed-up of k is reported, 1/k.",
     "reproduced: rows of this comparison of the same dataset, backbone and method, at the same target or, "
     "where none is reported, at the nearest share within 0.02. Empty: not yet run. "
-    "The runs' rows do not tell N: reported rows that differ in N alone show the same run.",
+    "N of a run is known where its config.yaml lies beside its rows; elsewhere reported rows that differ in N alone show "
+    "the same run.",
     "difference: reproduced less reported top-1 error, in points; above zero is worse than the paper.",
+    recipes.HOURS_NOTE,
 )
 
 
@@ -48,7 +50,7 @@ def render(table: pd.DataFrame, left_out: Sequence[LeftOut], svg: str, reported:
         TEMPLATE.read_text(encoding="utf-8")
     )
     picture = Markup(svg[svg.index("<svg") :]) if svg else ""  # matplotlib escapes the names in it
-    shown = [(paper.name, paper.caption, papers.cells(paper)) for paper in reported]
+    shown = [(paper.name, paper.caption, papers.cells(paper), papers.missing(paper)) for paper in reported]
     notes = (*(run_notes(table) if svg else ()), *(PAPER_NOTES if reported else ()))
     names = {"words": WORDS, "left_out": left_out, "picture": picture, "papers": shown, "notes": notes}
     return template.render(rows=cells(table) if svg else [], **names) + "\n"

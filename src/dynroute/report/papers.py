@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynroute.contracts import unknown
 from dynroute.records import read_rows
+from dynroute.report import recipes
 from dynroute.report.read import Row
 from dynroute.report.tables import STATIC, TOLERANCE, markdown_table, rich_table
 
@@ -26,8 +27,7 @@ PLACES = {
     "rnp:fig-cifar10": "curve of four conv layers",
     "rnp:fig-cifar100": "curve of VGG-16",
 }
-OURS = {"dmnn": "dmnn", "rnp": "rnp", "vanilla": STATIC}  # reported method -> ours, beside the full nets
-WHOLE = ("resnet", "mobilenetv2")  # reported methods that begin so are the plain backbone
+OURS = {**dict.fromkeys(recipes.VARIANTS, "dmnn"), "rnp": "rnp", "vanilla": STATIC}  # reported method -> ours
 WORDS = ("paper", "table", "dataset", "method", "backbone", "certainty", "note")  # the rest are numbers
 
 
@@ -77,6 +77,7 @@ def _row(paper: Row, runs: list[Row]) -> Row:
     share, error = _share(paper), paper["top1_error_pct"]
     run = _reproduced(paper, share, runs)
     ours = 100 * (1 - run["top1"]) if run else None
+    needed = recipes.Need("", "", None, "") if run else recipes.need(paper)
     return {
         **{name: paper[name] for name in ("dataset", "method", "backbone", "sub_blocks", "target")},
         "reported_top1_error_pct": error,
@@ -90,6 +91,7 @@ def _row(paper: Row, runs: list[Row]) -> Row:
         "reproduced_top1_error_std": 100 * run["top1_std"] if run and run["n_seeds"] > 1 else None,
         "reproduced_share_pct": 100 * run["macs_share"] if run else None,
         "difference_points": None if ours is None or error is None else ours - error,
+        **{f"to_make_{name}": value for name, value in needed._asdict().items()},
     }
 
 
@@ -107,15 +109,23 @@ def _reproduced(paper: Row, share: float | None, runs: list[Row]) -> Row | None:
 def _matches(paper: Row, share: float | None, run: Row) -> bool:
     if run["control"]:
         return False
-    whole, target = paper["method"].startswith(WHOLE), run["flops_target"]
-    wanted = {**paper, "method": STATIC if whole else OURS.get(paper["method"])}
-    if any(run[name] != wanted[name] for name in ("dataset", "backbone", "method")):
+    whole, target = paper["method"] in recipes.STATIC_FULL, run["flops_target"]
+    method = STATIC if whole else OURS.get(paper["method"])
+    wanted = {"dataset": paper["dataset"], "backbone": recipes.backbone(paper), "method": method}
+    if any(run[name] != value for name, value in wanted.items()):
+        return False
+    if run["variant"] != recipes.VARIANTS.get(paper["method"], "") or not _same_parts(paper, run):
         return False
     if whole:
         return target != target and run["macs_share"] > 0.99  # full width; nan: no target
     if paper["target"] is not None:
         return abs(target - paper["target"]) < 1e-6
     return share is not None and abs(run["macs_share"] - share) <= TOLERANCE + 1e-9
+
+
+def _same_parts(paper: Row, run: Row) -> bool:
+    """N is only known of runs with their config.yaml beside them; where it is not, any will do."""
+    return paper["sub_blocks"] is None or run["parts"] in ("", f"{paper['sub_blocks']:g}")
 
 
 CELLS = {  # header -> column and format
@@ -142,6 +152,20 @@ def cells(paper: PaperTable) -> list[dict[str, str]]:
     return [{h: row[h] for h in kept} for row in shown]
 
 
+def missing(paper: PaperTable) -> list[str]:
+    """A line for each row without a run: what it needs."""
+    return [_missing(row) for row in paper.rows if not row["run"]]
+
+
+def _missing(row: Row) -> str:
+    told = {"N": row["sub_blocks"], "target": row["target"], "share %": row["reported_share_pct"]}
+    where = ", ".join(f"{k} {v:.4g}" for k, v in told.items() if v is not None)
+    name = f"{row['method']}, {row['backbone']}" + (f" ({where})" if where else "")
+    if not row["to_make_command"]:
+        return f"{name}: {row['to_make_lacks']}"
+    return f"{name}: {row['to_make_command']} | {row['to_make_data']}, about {row['to_make_hours']:.2g} h on one H200"
+
+
 def to_rich(paper: PaperTable) -> Table:
     """The table for the terminal."""
     return rich_table(cells(paper), f"{paper.name}: {paper.caption}")
@@ -149,4 +173,10 @@ def to_rich(paper: PaperTable) -> Table:
 
 def to_markdown(paper: PaperTable) -> str:
     """The table in GitHub's Markdown, under a heading."""
-    return f"## {paper.name}\n\n{paper.caption}\n\n{markdown_table(cells(paper))}\n"
+    return f"## {paper.name}\n\n{paper.caption}\n\n{markdown_table(cells(paper))}\n{_missing_markdown(paper)}"
+
+
+def _missing_markdown(paper: PaperTable) -> str:
+    lines = missing(paper)
+    body = "\n".join(f"- {line}" for line in lines).replace("<", "&lt;")
+    return f"\nNot yet reproduced, and what each row needs:\n\n{body}\n" if lines else ""

@@ -14,11 +14,13 @@ from dynroute.contracts import InputError
 from dynroute.records import EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
 
 Row = dict[str, Any]
+CONFIG_FILE = "config.yaml"
 TABLE_FILE, PICTURE_FILE, PAPERS_FILE = "table.csv", "accuracy_flops.csv", "papers.csv"
 NOT_EVAL = frozenset(
     {TRAIN_FILE, ROUTES_FILE, TABLE_FILE, PICTURE_FILE, PAPERS_FILE}
 )  # our own files: --out may be a results folder
 NEEDED = ("top1", "macs_share")
+BESIDE = ("parts", "variant")  # read from config.yaml, not from the rows
 
 
 class LeftOut(NamedTuple):
@@ -82,7 +84,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).exists() for name in (EVAL_FILE, TRAIN_FILE, "config.yaml", "last.pt"))
+    return any((path / name).exists() for name in (EVAL_FILE, TRAIN_FILE, CONFIG_FILE, "last.pt"))
 
 
 def _nearest(path: Path) -> str:
@@ -101,7 +103,24 @@ def _test_rows(file: Path) -> list[Row]:
         raise InputError("only calibration rows, none of split test")
     if not rows:
         raise InputError("no rows")
-    return tested
+    told = _told(file.with_name(CONFIG_FILE))
+    return [{**row, **told} for row in tested]
+
+
+def _told(config: Path) -> Row:
+    """What a run's own configuration tells beside its rows. parts: into how many a block is cut, empty where unknown.
+
+    variant: the options of DMNN's ablation that are off, as `recipes.VARIANTS` names them.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        parts, router = values["backbone"]["parts"], values["router"]
+        off = " ".join(name for name in ("category", "previous") if router.get(name) is False)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return {"parts": "", "variant": ""}
+    return {"parts": str(parts) if parts else "", "variant": off}
 
 
 def _with_their_net(rows: list[Row]) -> tuple[list[Row], int]:
@@ -121,11 +140,16 @@ def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOu
     repeats: dict[LeftOut, None] = {}
     for file, row in found:
         key = (*_setting(row), row["control"])
-        if key in kept and repr(kept[key][1]) != repr(row):  # repr, since nan differs from itself
+        if key in kept and _numbers(kept[key][1]) != _numbers(row):
             reason = f"same configuration, seed and target as {_shown(file)}, which is shown in its place"
             repeats[LeftOut(_shown(kept[key][0]), reason)] = None
         kept[key] = (file, row)
     return [row for _, row in kept.values()], list(repeats)
+
+
+def _numbers(row: Row) -> str:
+    """To tell rows apart by; text, since nan differs from itself. Less what was read beside the row."""
+    return repr({name: value for name, value in row.items() if name not in BESIDE})
 
 
 def _finite(value: float | None) -> bool:

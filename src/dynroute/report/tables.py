@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from dynroute.records import EVAL_COLUMNS, NUMBERS
-from dynroute.report.read import Row, base_name, identity
+from dynroute.report.read import BESIDE, Row, base_name, identity
 
 if TYPE_CHECKING:  # pandas and rich take a while to import, and most commands need neither
     import pandas as pd
@@ -32,7 +32,7 @@ COLUMNS = (
         "macs_p95",
     ),
     *("router_share", "top1", "top1_std", "top5", "n_seeds", "n", "reached", "static_top1", "vs_static"),
-    *("latency_ms_p50", "speedup", "epochs", "params", "seeds", "commits", "machine"),
+    *("latency_ms_p50", "speedup", "epochs", "params", "seeds", "commits", "machine", "parts", "variant"),
 )
 MEANS = ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1", "top5", "epochs")
 FLOPS = "FLOPs (multiply-adds)"
@@ -48,7 +48,7 @@ def build(rows: list[Row]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    frame = pd.DataFrame(rows, columns=list(EVAL_COLUMNS)).astype(dict.fromkeys(NUMBERS, "float64"))
+    frame = pd.DataFrame(rows, columns=[*EVAL_COLUMNS, *BESIDE]).astype(dict.fromkeys(NUMBERS, "float64"))
     frame["identity"] = [identity(row) for row in rows]
     groups = frame.groupby(GROUP, dropna=False, sort=True)
     table = pd.DataFrame([{**dict(zip(GROUP, key, strict=True)), **_pool(part)} for key, part in groups])
@@ -79,6 +79,8 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "n_seeds": len(part),
         "n": part["n"].min(),
         "params": part["params"].max(),
+        "parts": part["parts"].iloc[0],
+        "variant": part["variant"].iloc[0],
         "reached": bool(abs(share - target) <= TOLERANCE + 1e-9) if asked else None,
         "latency_ms_p50": part["latency_ms_p50"].mean() if same_clock else float("nan"),
         "speedup": part["speedup"].mean() if same_clock else float("nan"),

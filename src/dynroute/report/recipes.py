@@ -1,0 +1,161 @@
+"""What a reported row that is not reproduced yet needs: the command, the data, the hours. No torch, no run is read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+STATIC_FULL = ("resnet", "resnet-pytorch", "resnet-ours", "mobilenetv2", "mobilenetv2-ours")  # the plain nets
+BACKBONES = {("vgg16", "cifar100"): "vgg16_cifar", ("mobilenetv2", "imagenet"): "mobilenet_v2"}  # theirs -> ours
+LACKING = {"mobilenetv2-1.4": "MobileNetV2 at width 1.4"}  # backbones that dynroute does not have
+DATA = {
+    "imagenet": "ImageNet-1k (138 GB, train/WNID/* and val/WNID/*)",
+    "cifar10": "CIFAR-10 (170 MB)",
+    "cifar100": "CIFAR-100 (170 MB)",
+}
+IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
+RATE, FASTEST = 3e13, 5000.0  # operations and images a second: see `hours`
+DENSE_MACS = {  # of one image; the reported figures, where there are some
+    "resnet50/imagenet": 3.96e9,
+    "resnet101/imagenet": 7.67e9,
+    "mobilenetv2/imagenet": 0.30e9,
+    "resnet50/cifar100": 0.33e9,
+    "vgg16/imagenet": 15.47e9,
+    "vgg16/cifar100": 0.313e9,
+    "conv4/cifar10": 0.0245e9,
+}
+RECIPE = {  # optimisers of the DMNN paper, section 4
+    "imagenet": "optim.lr=0.1 optim.batch_size=256 optim.weight_decay=1e-4",
+    "cifar100": "optim.lr=0.1 optim.batch_size=256 optim.weight_decay=1e-4",
+}
+EPOCHS = {"imagenet": 120, "cifar100": 200}
+VARIANTS = {  # rows of the ablation, by the options that are off
+    "dmnn": "",
+    "dmnn-prev-cat": "",
+    "dmnn-prev": "category",
+    "dmnn-cat": "previous",
+    "dmnn-no-prev-no-cat": "category previous",
+}
+RNP_SHARES = {3: "0.3333", 4: "0.25", 5: "0.2", 10: "0.1"}  # rnp:tab2, by speed-up
+VANILLA = {  # share in percent of the reported row -> experiment of the same share
+    "conv4": {16.7: 17, 23.3: 23, 37.1: 37, 61.2: 61, 100.0: 100},
+    "vgg16": {9.1: None, 26.4: 26, 38.7: 39, 54.5: 55, 76.9: 77, 100.0: "baseline"},
+}
+HOURS_NOTE = (
+    "hours: a rough estimate for one H200, never measured: epochs x images x 3 x 2 x the dense net's multiply-adds (a pass back "
+    "costs two forward, a multiply-add is two operations) at 3e13 operations a second, and never above 5000 images "
+    "a second; all parts of a training that earlier rows share are counted in each row. Off by a factor of three either way."
+)
+
+
+class Need(NamedTuple):
+    """What makes a row. command: shell commands joined by &&, empty where dynroute has none, lacks then saying why.
+
+    hours: see HOURS_NOTE; None without a command.
+    """
+
+    command: str
+    data: str
+    hours: float | None
+    lacks: str
+
+
+def need(row: Row) -> Need:
+    """What a reported row needs, from its method, backbone, dataset, sub_blocks, target, speedup_macs and share."""
+    place = f"{row['backbone']}/{row['dataset']}"
+    steps, epochs = _steps(row)
+    if row["backbone"] in LACKING:
+        return Need("", "", None, f"dynroute has no {LACKING[row['backbone']]} yet")
+    if not steps:
+        return Need("", "", None, f"dynroute has no {row['method']} for this backbone and cost yet")
+    command = " && ".join(f"dynroute {step}" for step in steps)
+    return Need(command, DATA[row["dataset"]], hours(row["dataset"], DENSE_MACS[place], epochs), "")
+
+
+def hours(dataset: str, macs: float, epochs: int) -> float:
+    """Hours of training on one H200, roughly: see HOURS_NOTE. Ours, no measurement."""
+    return epochs * IMAGES[dataset] * max(6 * macs / RATE, 1 / FASTEST) / 3600
+
+
+def backbone(row: Row) -> str:
+    """Our name of a reported row's backbone."""
+    return BACKBONES.get((row["backbone"], row["dataset"]), row["backbone"])
+
+
+def _steps(row: Row) -> tuple[list[str], int]:
+    """The commands that make a row, in their order, less the program's name; and their epochs together."""
+    if row["method"] in VARIANTS:
+        return _dmnn(row)
+    if row["method"] in STATIC_FULL:
+        return _full(row)
+    by_method = {"rnp": _rnp, "vanilla": _vanilla}
+    return by_method[row["method"]](row) if row["method"] in by_method else ([], 0)
+
+
+def _dmnn(row: Row) -> tuple[list[str], int]:
+    """As in the paper, section 4: trained from scratch at its target, N sub-blocks a block."""
+    dataset, target = row["dataset"], f"{row['target']:g}"
+    options = {"name": "dmnn", "target": target, "epochs": str(EPOCHS[dataset])}
+    options |= dict.fromkeys(VARIANTS[row["method"]].split(), "false")
+    keys = " ".join(f"router.{k}={v}" for k, v in options.items())
+    name = f"{row['method']}_{row['backbone']}_n{row['sub_blocks']:g}_{target}"
+    net = f"backbone.name={backbone(row)} backbone.parts={row['sub_blocks']:g}"
+    return _made(name, f"{keys} {net} {_data(dataset)} {_recipe(row)}", f" --flops-target {target}"), EPOCHS[dataset]
+
+
+def _full(row: Row) -> tuple[list[str], int]:
+    dataset = row["dataset"]
+    name = f"static_{row['backbone']}_{dataset}"
+    keys = f"router.name=static router.epochs={EPOCHS[dataset]} backbone.name={backbone(row)}"
+    return _made(name, f"{keys} {_data(dataset)} {_recipe(row)}", ""), EPOCHS[dataset]
+
+
+def _made(name: str, keys: str, asked: str) -> list[str]:
+    return [f"train name={name} {keys}", f"eval runs/{name}{asked}"]
+
+
+def _recipe(row: Row) -> str:
+    """MobileNetV2 decays less, as in the paper."""
+    usual = RECIPE[row["dataset"]]
+    return usual.replace("1e-4", "4e-5") if row["backbone"].startswith("mobilenet") else usual
+
+
+def _data(dataset: str) -> str:
+    return f"data.name={dataset} data.path={_folder(dataset)}"
+
+
+def _folder(dataset: str) -> str:
+    return dataset.upper()
+
+
+def _rnp(row: Row) -> tuple[list[str], int]:
+    if row["dataset"] == "imagenet":
+        times = round(row["speedup_macs"])
+        name = f"rnp_vgg16_{times}x"
+        train = f"train -c experiments/imagenet/{name}.yaml data.path=IMAGENET"
+        return [train, f"eval runs/{name} --flops-target {RNP_SHARES[times]}"], 34
+    share = row["macs_ratio_pct"] / 100
+    stages = {"conv4": ("vanilla_100", "rnp"), "vgg16": ("baseline", "widths", "rnp")}[row["backbone"]]
+    epochs = {"conv4": 9, "vgg16": 500}[row["backbone"]]
+    steps = [step for stage in stages for step in _experiment(row, stage)[:1]]
+    return [*steps, f"eval runs/{_kind(row)}/rnp --flops-target {share:g}"], epochs
+
+
+def _vanilla(row: Row) -> tuple[list[str], int]:
+    stage = VANILLA[row["backbone"]].get(row["macs_ratio_pct"])
+    if stage is None:
+        return [], 0
+    name = stage if isinstance(stage, str) else f"vanilla_{stage}"
+    return _experiment(row, name), {"conv4": 4, "vgg16": 300}[row["backbone"]]
+
+
+def _experiment(row: Row, name: str) -> list[str]:
+    """Training and evaluation of a file of experiments/, in the folder from which later stages start."""
+    kind, folder = _kind(row), f"runs/{_kind(row)}/{name}"
+    train = f"train -c experiments/{kind}/{name}.yaml data.path={_folder(row['dataset'])} --out {folder}"
+    return [train, f"eval {folder}"]
+
+
+def _kind(row: Row) -> str:
+    """The folder of experiments/ that holds the row's configurations."""
+    return "conv4" if row["backbone"] == "conv4" else str(row["dataset"])
