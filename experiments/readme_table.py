@@ -1,27 +1,36 @@
-"""Put a generated table between the README's markers: readme_table.py README.md TABLE.md.
+"""Put a generated table between a document's markers: readme_table.py README.md TABLE.md [MARK].
 
-The README's numbers are never typed: `make table` makes the table from the result CSVs and calls this.
+The documents' numbers are never typed: `make table` makes the tables from the result CSVs and calls this. A CSV is put as
+a table too. MARK: results (the default) or another name of a pair of markers.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
-
-def main(readme: Path, table: Path) -> None:
+def main(document: Path, table: Path, mark: str = "results") -> None:
     """Replace what stands between the two markers."""
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        sys.exit(f"{readme} must hold the markers {BEGIN} and {END} once each")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{table.read_text(encoding='utf-8').strip()}\n{END}{tail}", encoding="utf-8")
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    text = document.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        sys.exit(f"{document} must hold the markers {begin} and {end} once each")
+    head, rest = text.split(begin)
+    made = from_csv(table) if table.suffix == ".csv" else table.read_text(encoding="utf-8").strip()
+    document.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def from_csv(path: Path) -> str:
+    """A CSV as a Markdown table, turned on its side: a line for each of its columns."""
+    with path.open(encoding="utf-8") as file:
+        columns = list(zip(*csv.reader(file), strict=True))
+    head, *lines = (f"| {' | '.join((name.replace('_', ' '), *values))} |" for name, *values in columns)
+    return "\n".join([head, "|---" * len(columns[0]) + "|", *lines])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
