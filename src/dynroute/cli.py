@@ -88,6 +88,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in that folder to the same result.")
     ] = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds", metavar="0,1,2", help="Train once for each seed, one after the other, into NAME-s0, NAME-s1, ..."
+        ),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole configuration and exit.")
     ] = False,
@@ -99,21 +105,23 @@ def train(
     from dynroute import runs
     from dynroute.config import CONFIG_FILE, load_config
 
+    numbers = parse_seeds(seeds) if seeds is not None else []
     if resume and not config and not overrides and out:
-        config = out / CONFIG_FILE
+        config = (out.with_name(f"{out.name}-s{numbers[0]}") if numbers else out) / CONFIG_FILE
     settings = load_config(config, overrides)
     if print_config:
         print(settings.yaml(comments=True), end="")
         return
-    folder = out or Path("runs") / settings.name
     if dry_run:
         net = runs.check(settings)
         print_inspection(runs.inspect(settings, net))
         return
-    print(f"training {settings.router_name} on {settings.data.name}, into {folder}")
-    with Progress() as progress:
-        runs.train(settings, folder, resume=resume, listener=progress.hear)
-    print(f"done: dynroute eval {folder} --flops-target 0.5")
+    planned = runs.seeded(settings, numbers, out) if numbers else [(settings, out or Path("runs") / settings.name)]
+    for each, folder in planned:
+        print(f"training {each.router_name} on {each.data.name}, into {folder}")
+        with Progress() as progress:
+            runs.train(each, folder, resume=resume, listener=progress.hear)
+        print(f"done: dynroute eval {folder} --flops-target 0.5")
 
 
 @app.command("eval")
@@ -283,6 +291,16 @@ def list_command(
         print(f"{name}:")
         for entry, sentence in entries.items():
             print(f"  {entry:<16} {sentence}".rstrip())
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The numbers of --seeds, each once. Raises InputError where one is no seed."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) <= 1_000_000_000 for word in words):
+        raise InputError(
+            f"--seeds takes whole numbers from 0 to 1000000000 with commas between, as 0,1,2, not {text!r}"
+        )
+    return list(dict.fromkeys(map(int, words)))
 
 
 class Status:

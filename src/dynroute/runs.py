@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,17 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
             handler.close()
         log.handlers.clear()
     return net
+
+
+def seeded(config: Config, seeds: list[int], out: Path | None = None) -> list[tuple[Config, Path]]:
+    """The configuration once for each seed, and sibling run folders that end in -s0, -s1, ...: of `out`, or of runs/NAME."""
+    made = []
+    for seed in seeds:
+        name = re.sub(r"-s\d+$", "", config.top.name)
+        top = dataclasses.replace(config.top, seed=seed, name=f"{name}-s{seed}" if name else "")
+        own = dataclasses.replace(config, top=top)
+        made.append((own, out.with_name(f"{out.name}-s{seed}") if out else Path("runs") / own.name))
+    return made
 
 
 def _check_resumable(config: Config, folder: Path, resume: bool) -> None:

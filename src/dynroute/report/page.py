@@ -26,6 +26,12 @@ NOTES = (
 CONTROL_NOTES = (
     "control: made from the routes of the row above, on the same images. shuffled: handed to other images; random: drawn "
     "unit by unit at the same rates; both charged for the router. most_common: one route for all, a static net.",
+    "routed less control: top-1 of the row above less the control's, in points, and a 95 % interval for independent images "
+    "(single runs). not beaten: the interval reaches zero or below.",
+)
+INTERVAL_NOTE = (
+    "95 % interval: of vs static, paired over the same test images (McNemar-type, normal), where routes.csv of the run and of "
+    "its static neighbours lie beside their rows. It knows nothing of the spread over seeds."
 )
 PAPER_NOTES = (
     "certainty. seen: in the authors' own text, poster or code. second-hand: quoted by others. "
@@ -58,7 +64,8 @@ def render(table: pd.DataFrame, left_out: Sequence[LeftOut], svg: str, reported:
 
 def run_notes(table: pd.DataFrame) -> tuple[str, ...]:
     """How to read the main table."""
-    return (*NOTES, *(CONTROL_NOTES if (table["control"] != "").any() else ()))
+    interval = (INTERVAL_NOTE,) if table["vs_static_low"].notna().any() else ()
+    return (*NOTES, *interval, *(CONTROL_NOTES if (table["control"] != "").any() else ()))
 
 
 def markdown(table: pd.DataFrame, left_out: Sequence[LeftOut]) -> str:

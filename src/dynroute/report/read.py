@@ -20,7 +20,7 @@ NOT_EVAL = frozenset(
     {TRAIN_FILE, ROUTES_FILE, TABLE_FILE, PICTURE_FILE, PAPERS_FILE}
 )  # our own files: --out may be a results folder
 NEEDED = ("top1", "macs_share")
-BESIDE = ("parts", "variant")  # read from config.yaml, not from the rows
+BESIDE = ("parts", "variant", "routes_file")  # from files beside the rows
 
 
 class LeftOut(NamedTuple):
@@ -104,7 +104,8 @@ def _test_rows(file: Path) -> list[Row]:
     if not rows:
         raise InputError("no rows")
     told = _told(file.with_name(CONFIG_FILE))
-    return [{**row, **told} for row in tested]
+    routes = file.with_name(ROUTES_FILE)
+    return [{**row, **told, "routes_file": str(routes) if routes.exists() else ""} for row in tested]
 
 
 def _told(config: Path) -> Row:

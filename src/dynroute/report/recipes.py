@@ -37,7 +37,9 @@ VARIANTS = {  # rows of the ablation, by the options that are off
     "dmnn-no-prev-no-cat": "category previous",
 }
 RNP_SHARES = {3: "0.3333", 4: "0.25", 5: "0.2", 10: "0.1"}  # rnp:tab2, by speed-up
-VANILLA = {  # share in percent of the reported row -> experiment of the same share
+VANILLA: dict[
+    str, dict[float, int | str | None]
+] = {  # share in percent of the reported row -> experiment of the same share
     "conv4": {16.7: 17, 23.3: 23, 37.1: 37, 61.2: 61, 100.0: 100},
     "vgg16": {9.1: None, 26.4: 26, 38.7: 39, 54.5: 55, 76.9: 77, 100.0: "baseline"},
 }
@@ -79,7 +81,7 @@ def hours(dataset: str, macs: float, epochs: int) -> float:
 
 def backbone(row: Row) -> str:
     """Our name of a reported row's backbone."""
-    return BACKBONES.get((row["backbone"], row["dataset"]), row["backbone"])
+    return BACKBONES.get((row["backbone"], row["dataset"]), str(row["backbone"]))
 
 
 def _steps(row: Row) -> tuple[list[str], int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynroute.contracts import InputError
 from dynroute.records import EVAL_COLUMNS, NUMBERS
+from dynroute.report.paired import Images, answers, paired, unpaired
 from dynroute.report.read import BESIDE, Row, base_name, identity
 
 if TYPE_CHECKING:  # pandas and rich take a while to import, and most commands need neither
@@ -33,6 +36,7 @@ COLUMNS = (
     ),
     *("router_share", "top1", "top1_std", "top5", "n_seeds", "n", "reached", "static_top1", "vs_static"),
     *("latency_ms_p50", "speedup", "epochs", "params", "seeds", "commits", "machine", "parts", "variant"),
+    *("vs_static_low", "vs_static_high", "vs_routed", "vs_routed_low", "vs_routed_high"),
 )
 MEANS = ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1", "top5", "epochs")
 FLOPS = "FLOPs (multiply-adds)"
@@ -54,6 +58,8 @@ def build(rows: list[Row]) -> pd.DataFrame:
     table = pd.DataFrame([{**dict(zip(GROUP, key, strict=True)), **_pool(part)} for key, part in groups])
     table["label"] = _labels(table)
     add_static(table)
+    add_intervals(table)
+    add_controls(table)
     table["other"] = table["method"] != STATIC  # sorts static first
     table["setting_share"] = table.groupby(SETTING, dropna=False)["macs_share"].transform("first")  # the net's own
     order = [*PLACE, "other", "method", "label", "setting_share", "flops_target", "identity", "control"]
@@ -81,6 +87,7 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "params": part["params"].max(),
         "parts": part["parts"].iloc[0],
         "variant": part["variant"].iloc[0],
+        "routes_file": part["routes_file"].iloc[0] if len(part) == 1 else "",
         "reached": bool(abs(share - target) <= TOLERANCE + 1e-9) if asked else None,
         "latency_ms_p50": part["latency_ms_p50"].mean() if same_clock else float("nan"),
         "speedup": part["speedup"].mean() if same_clock else float("nan"),
@@ -113,6 +120,59 @@ def add_static(table: pd.DataFrame) -> None:
         routed = part[part["method"] != STATIC]
         table.loc[routed.index, "static_top1"] = [_on_chord(x, shares, top1s) for x in routed["macs_share"]]
     table["vs_static"] = 100 * (table["top1"] - table["static_top1"])
+
+
+def add_intervals(table: pd.DataFrame) -> None:
+    """Add vs_static_low, vs_static_high: `paired` against the same static nets; single runs with routes.csv alone."""
+    table[["vs_static_low", "vs_static_high"]] = float("nan")
+    files: dict[tuple[str, float], Images] = {}
+    for _, part in table.groupby(PLACE):
+        static = part[(part["method"] == STATIC) & (part["control"] == "")]
+        best = static.sort_values("top1").drop_duplicates("macs_share", keep="last").sort_values("macs_share")
+        routed = part[(part["control"] == "") & part["static_top1"].notna() & (part["routes_file"] != "")]
+        for place, row in routed.iterrows():
+            near = _neighbours(row["macs_share"], list(best["macs_share"]))
+            others = [best.iloc[k] for k in near]
+            images = [_images(each, files) for each in (row, *others)]
+            difference = paired(images[0], images[1:], list(near.values()))
+            if difference:
+                table.loc[[place], ["vs_static_low", "vs_static_high"]] = [difference[1:]]
+
+
+def _neighbours(share: float, shares: list[float]) -> dict[int, float]:
+    """Places of the static nets on both sides of a share, with their weights on the straight line; beyond the ends one."""
+    after = next((k for k, x in enumerate(shares) if x >= share), None)
+    if after in (None, 0):
+        return {0 if after == 0 else len(shares) - 1: 1.0}
+    part = (share - shares[after - 1]) / (shares[after] - shares[after - 1])
+    return {after - 1: 1 - part, after: part}
+
+
+def _images(row: pd.Series[Any], files: dict[tuple[str, float], Images]) -> Images:
+    """The answers of a row's routes.csv, none where it has none or it cannot be read."""
+    target = row["flops_target"]
+    key = (row["routes_file"], -1.0 if target != target else target)
+    if key not in files:
+        try:
+            files[key] = answers(Path(key[0]), None if key[1] < 0 else target) if key[0] else {}
+        except InputError:
+            files[key] = {}
+    return files[key]
+
+
+def add_controls(table: pd.DataFrame) -> None:
+    """Add vs_routed to control rows: top1 of the routed row less theirs, in points, with `unpaired` ends (single runs).
+
+    The answers of controls are not stored, so that the interval is wider than one paired over the images.
+    """
+    names = ["vs_routed", "vs_routed_low", "vs_routed_high"]
+    table[names] = float("nan")
+    for _, part in table.groupby(SETTING, dropna=False):
+        own = part[part["control"] == ""].iloc[0]
+        for place, row in part[part["control"] != ""].iterrows():
+            known = own["n_seeds"] == row["n_seeds"] == 1 and own["n"] > 0 and row["n"] > 0
+            made = unpaired(own["top1"], own["n"], row["top1"], row["n"]) if known else None
+            table.loc[[place], names] = [made or (100 * (own["top1"] - row["top1"]), float("nan"), float("nan"))]
 
 
 def chord(part: pd.DataFrame) -> tuple[list[float], list[float]]:
@@ -148,6 +208,8 @@ CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "top-1 %": lambda r: _accuracy(r["top1"], r["top1_std"], r["n_seeds"]),
     "seeds": lambda r: f"n={r['n_seeds']}",
     "vs static": lambda r: _versus(r["vs_static"]),
+    "95 % interval": lambda r: _interval(r["vs_static_low"], r["vs_static_high"]),
+    "routed less control": lambda r: _gain(r["vs_routed"], r["vs_routed_low"], r["vs_routed_high"]),
     "latency ms": lambda r: _number(r["latency_ms_p50"], ".2f"),
     "speed-up": lambda r: _number(r["speedup"], ".2f", "x"),
     "epochs": lambda r: _number(r["epochs"], "g"),
@@ -224,6 +286,16 @@ def _span(low: float, high: float) -> str:
 
 def _accuracy(mean: float, std: float, seeds: int) -> str:
     return f"{100 * mean:.2f}" + (f" +- {100 * std:.2f} ({seeds})" if seeds > 1 else "")
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:+.2f} to {high:+.2f}" if low == low else ""
+
+
+def _gain(points: float, low: float, high: float) -> str:
+    """Marked where the routed row does not beat its control, be it for sure (the interval where there is one) or at all."""
+    span = f" ({_interval(low, high)})" if low == low else ""
+    return _number(points, "+.2f", span + (" not beaten" if (low if low == low else points) <= 0 else ""))
 
 
 def _versus(points: float) -> str:
