@@ -137,8 +137,8 @@ def _rnp(row: Row) -> tuple[list[str], int]:
         train = f"train -c experiments/imagenet/{name}.yaml data.path=IMAGENET"
         return [train, f"eval runs/{name} --flops-target {RNP_SHARES[times]}"], 34
     share = row["macs_ratio_pct"] / 100
-    stages = {"conv4": ("vanilla_100", "rnp"), "vgg16": ("baseline", "widths", "rnp")}[row["backbone"]]
-    epochs = {"conv4": 9, "vgg16": 500}[row["backbone"]]
+    stages = {"conv4": ("start", "rnp"), "vgg16": ("baseline", "widths", "rnp")}[row["backbone"]]
+    epochs = {"conv4": 7, "vgg16": 500}[row["backbone"]]
     steps = [step for stage in stages for step in _experiment(row, stage)[:1]]
     return [*steps, f"eval runs/{_kind(row)}/rnp --flops-target {share:g}"], epochs
 
@@ -148,7 +148,7 @@ def _vanilla(row: Row) -> tuple[list[str], int]:
     if stage is None:
         return [], 0
     name = stage if isinstance(stage, str) else f"vanilla_{stage}"
-    return _experiment(row, name), {"conv4": 4, "vgg16": 300}[row["backbone"]]
+    return _experiment(row, name), {"conv4": 6, "vgg16": 300}[row["backbone"]]
 
 
 def _experiment(row: Row, name: str) -> list[str]:
