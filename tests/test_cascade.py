@@ -304,7 +304,8 @@ def test_one_command_trains_both_nets_and_meets_a_target(trained: dict[str, Path
 
 def test_two_static_runs_become_a_cascade_without_training(trained: dict[str, Path]) -> None:
     joined = Evaluator.of(trained["joined"])
-    assert joined.epochs == 0
+    row = joined.measure(None).row
+    assert (row.epochs, row.weights) == (0, "narrow+wide")
     for name, price in (("narrow", 1e4), ("wide", -1e4)):
         alone = Evaluator.of(trained[name]).measure(None).scores
         joined.net.router.price = price

@@ -251,7 +251,7 @@ class Evaluator:
             params=inference_parameters(self.net),
             epochs=self.epochs,
             checkpoint=self.checkpoint,
-            weights=Path(config.backbone.weights).name if config.backbone.weights else "",
+            weights="+".join(Path(p).name for p in (config.backbone.weights, *config.backbone.nets) if p),
             machine=machine(self.device),
             commit=commit(),
             config_hash=config.hash(),
