@@ -94,8 +94,8 @@ def test_rows_of_dmnns_tables_say_what_their_name_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dmnn50_n4_t0.7", "dmnn_mobilenetv2_1.4_n2_t0.9", "convnet_aig50_t0.7"])
 def test_gated_rows_train(name: str, jpegs: Path, tmp_path: Path) -> None:
-    words = [*SMALL, "data.image_size=32", "router.epochs=1", f"data.path={jpegs}"]
+    words = [*SMALL, "optim.lr=0.001", "router.epochs=1", f"data.path={jpegs}"]  # two images would diverge at 0.1
     words += [] if "mobilenet" in name else ["backbone.width=8"]
     assert main(["train", "-c", str(EXPERIMENTS / f"{name}.yaml"), *words, "--out", str(tmp_path / "run")]) == 0
     (row,) = read_rows(tmp_path / "run" / "train.csv")
-    assert (row["phase"], int(row["calib_always_on"]) + int(row["calib_never_on"])) >= ("joint", 0)
+    assert row["phase"] == "joint" and 0 < float(row["calib_share"]) < 2

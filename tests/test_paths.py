@@ -215,3 +215,28 @@ def test_sub_blocks_of_basic_blocks_are_widened_where_asked_for() -> None:
     plain = BACKBONES["resnet20"](CIFAR, BackboneOptions("resnet20", unit="channels", parts=1))
     assert backbone.dense_macs == plain.dense_macs
     assert sum(backbone.terms()[0].by_part_G) == 2 * plain.terms()[0].total
+
+
+# --- the covariance fold ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("make", [bottleneck, inverted])
+def test_the_covariance_fold_is_exact(make: Any, gated: bool) -> None:
+    """Outputs, all gradients and running statistics as of one BatchNorm for each sub-block, in float64; a dead channel too."""
+    results = []
+    for fold in (True, False):
+        unit = make(3, 2, (6, 10)).double().train()
+        shake(unit)
+        unit.fold = fold
+        torch.manual_seed(1)
+        with torch.no_grad():
+            unit.bn2.weight[1], unit.bn2.bias[1] = 0, -1  # dead after the ReLU
+        x = (torch.randn(5, 6, SIZE, SIZE, dtype=torch.float64) + 100).requires_grad_()
+        keep = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]]).double().requires_grad_()
+        y = unit(x, keep if gated else None)
+        y.backward(torch.randn_like(y))
+        grads = [x.grad, keep.grad if gated else x.grad, *(p.grad for p in unit.parameters())]
+        results.append([y.detach(), *grads, *(b.double() for b in unit.buffers())])
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one, two, rtol=1e-9, atol=1e-9)

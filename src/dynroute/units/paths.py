@@ -22,6 +22,7 @@ from dynroute.units.base import (
     Residual,
     Unit,
     Weights,
+    channel_mask,
     folded_conv,
     make_shortcut,
     sliced_conv,
@@ -50,6 +51,7 @@ class PathBottleneck(Unit):
     """
 
     expansion = 4
+    fold = True  # the last BatchNorms by `folded_sum` in training; the same numbers, fewer of them
 
     def __init__(
         self,
@@ -83,6 +85,8 @@ class PathBottleneck(Unit):
         u = F.relu(self.bn1(self.conv1(x_BCHW)))
         parts = zip(u.split(self.sizes, 1), self.conv2, strict=True)
         u = F.relu(self.bn2(torch.cat([conv(part) for part, conv in parts], 1)))
+        if self.training and self.fold:
+            return F.relu(folded_sum(self.shortcut(x_BCHW), u, self.conv3, self.bn3, keep_BG))
         return F.relu(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv3, self.bn3, keep_BG))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
@@ -129,6 +133,8 @@ class PathInverted(Unit):
     (= width) of the input, for the MAC count.
     """
 
+    fold = True  # as for bottlenecks
+
     def __init__(
         self,
         name: str,
@@ -158,6 +164,8 @@ class PathInverted(Unit):
         """The masked run: shortcut + sum of gate times sub-block."""
         u = F.relu6(self.bn1(self.expand(x_BCHW)))
         u = F.relu6(self.bn2(self.depthwise(u)))
+        if self.training and self.fold:
+            return folded_sum(self.shortcut(x_BCHW), u, self.project, self.bn3, keep_BG)
         return gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.project, self.bn3, keep_BG)
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
@@ -232,6 +240,51 @@ def gated_sum(
         y = norm(conv(part))
         out_BCHW = out_BCHW + (y if keep_BG is None else y * keep_BG[:, g, None, None, None].to(y.dtype))
     return out_BCHW
+
+
+def folded_sum(
+    out_BCHW: Tensor, u_BCHW: Tensor, convs: nn.ModuleList, norms: nn.ModuleList, keep_BG: Tensor | None
+) -> Tensor:
+    """`gated_sum` of 1x1 convolutions in training, by one convolution over all sub-blocks (ours; exact). u: their inputs.
+
+    The batch statistics of y = W u follow from those of u: mean W mu, variance diag(W Cov W^T). So each BatchNorm folds into
+    its W before the convolution, and the outputs of single sub-blocks are never made. Statistics are of all images, closed
+    gates included, and running statistics are updated, as by the plain form. Centred before it is squared, in fp32 at least.
+    """
+    sizes = [cast(nn.Conv2d, conv).in_channels for conv in convs]
+    weights, biases = [], []
+    with torch.autocast(u_BCHW.device.type, enabled=False):
+        for part, conv, norm in zip(u_BCHW.split(sizes, 1), convs, norms, strict=True):
+            weight, bias = _folded_by_covariance(part, cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm))
+            weights.append(weight)
+            biases.append(bias)
+    weight_OC, bias_GO = torch.cat(weights, 1), torch.stack(biases)
+    if keep_BG is None:
+        return out_BCHW + F.conv2d(u_BCHW, weight_OC[:, :, None, None], bias_GO.sum(0))
+    keep_BG = keep_BG[:, : len(sizes)]
+    y_BCHW = F.conv2d(u_BCHW * channel_mask(keep_BG, sizes).to(u_BCHW.dtype), weight_OC[:, :, None, None])
+    bias_BO = (keep_BG[:, :, None] * bias_GO).sum(1)
+    return out_BCHW + (y_BCHW + bias_BO[:, :, None, None].to(y_BCHW.dtype))
+
+
+def _folded_by_covariance(u_BCHW: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight (O, C) and bias (O,) of the 1x1 convolution that does conv, then norm with its batch statistics."""
+    weight_OC = conv.weight.flatten(1)
+    u_CN = u_BCHW.to(weight_OC.dtype).transpose(0, 1).flatten(1)
+    count = u_CN.shape[1]
+    mean_C = u_CN.mean(1)
+    centred_CN = u_CN - mean_C[:, None]
+    covariance_CC = centred_CN @ centred_CN.T / count
+    mean_O = weight_OC @ mean_C
+    variance_O = ((weight_OC @ covariance_CC) * weight_OC).sum(1).clamp(min=0)
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean_O, norm.momentum)
+        norm.running_var.lerp_(variance_O * count / max(count - 1, 1), norm.momentum)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked += 1
+    scale_O = norm.weight * (variance_O + norm.eps).rsqrt()
+    return weight_OC * scale_O[:, None], norm.bias - mean_O * scale_O
 
 
 def opened_channels(sizes: Sequence[int], opened: Sequence[int]) -> Tensor:
