@@ -24,6 +24,7 @@ FILES = [
     "index.html",
     "table.csv",
     "table.md",
+    "table.tex",
 ]
 
 
@@ -290,6 +291,14 @@ def test_the_picture_has_its_numbers_beside_it(tmp_path: Path) -> None:
         ("dmnn", 0.5, 0.86),
     ]
     assert [float(lines[2][k]) for k in ("share_p5", "share_p95")] == pytest.approx([0.45, 0.55])
+
+
+def test_latex_escapes_names(tmp_path: Path) -> None:
+    table_of(tmp_path, row(0.5, 0.86, run="a_b&c%", config_hash="1"), row(0.6, 0.9, run="other", config_hash="2"))
+    text = (tmp_path / "out" / "table.tex").read_text()
+    assert "a\\_b\\&c\\%" in text
+    assert text.count("\\midrule") == 1
+    assert "46.0" not in text and "50.0 \\%" in text
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Comparison:
-    """Read the runs; write table.csv, table.md, accuracy_flops.{csv,png,svg} and index.html into `out`.
+    """Read the runs; write table.csv, .md, .tex, accuracy_flops.{csv,png,svg} and index.html into `out`.
 
     paths: run folders, folders of runs or of CSVs, eval CSVs. papers: names out of `paper_tables`, or "all";
     adds papers.csv and papers.md, and needs no paths. Raises InputError where nothing can be shown.
@@ -63,9 +63,10 @@ def _write_runs(table: pd.DataFrame, left_out: list[LeftOut], out: Path) -> tupl
     """Write the main table and picture; returns the files, and the picture as SVG text."""
     write_text(out / TABLE_FILE, table.to_csv(index=False, lineterminator="\n"))
     write_text(out / "table.md", page.markdown(table, left_out))
+    write_text(out / "table.tex", tables.to_latex(table))
     pictures = plots.write(table, out)
     svg = (out / f"{plots.NAME}.svg").read_text(encoding="utf-8")
-    return [out / TABLE_FILE, out / "table.md", *pictures], svg
+    return [out / TABLE_FILE, out / "table.md", out / "table.tex", *pictures], svg
 
 
 def _write_papers(reported: list[PaperTable], out: Path) -> list[Path]:

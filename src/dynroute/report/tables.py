@@ -240,6 +240,17 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
     return tabulate(body, list(rows[0]), tablefmt="github", disable_numparse=True, colalign=align)
 
 
+def to_latex(table: pd.DataFrame) -> str:
+    """The table in LaTeX, for the package booktabs."""
+    from tabulate import tabulate
+
+    rows = cells(table)
+    align = ["left" if name in WORDS else "right" for name in rows[0]]
+    body = [list(row.values()) for row in rows]
+    text = tabulate(body, list(rows[0]), tablefmt="latex_booktabs", disable_numparse=True, colalign=align)
+    return f"% needs \\usepackage{{booktabs}}\n{text}\n"
+
+
 def to_rich(table: pd.DataFrame) -> Table:
     """The table for the terminal: a rule between places; what is the same in all rows goes to the title."""
     rows = cells(table)
