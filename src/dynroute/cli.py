@@ -362,11 +362,11 @@ class Progress:
         if step.row:
             row = step.row
             learned = f"loss {row['loss']:.3f}, calibration top-1 {row['calib_top1']:.3f}"
-            routed = f"share {row['calib_share']:.3f}, {row['calib_routes']} routes, {row['calib_executed']:.3f} of the parts"
-            fixed = (
-                f"{row['calib_always_on']} always on, {row['calib_never_on']} never, entropy {row['calib_entropy']:.2f}"
-            )
-            say(f"{name}: {learned}, {routed}, {fixed}, {row['images_per_s']:.0f} img/s")
+            routed = f"share {row['calib_share']:.3f}"
+            if row["calib_routes"] > 1 or step.remarks:  # a static net has nothing to watch
+                fixed = f"{row['calib_always_on']} parts always on, {row['calib_never_on']} never"
+                routed += f", {row['calib_routes']} routes, entropy {row['calib_entropy']:.2f}, {fixed}"
+            say(f"{name}: {learned}, {routed}, {row['images_per_s']:.0f} img/s")
         for remark in step.remarks:
             say(f"{name}: note: {remark}")
         sys.stdout.flush()

@@ -319,7 +319,7 @@ def learning_curve(done: float, epochs: int, options: OptimOptions) -> float:
     cosine: linear climb over the first `warmup`, then half a cosine to zero. step: a staircase, without a climb.
     """
     if options.schedule == "step":
-        return options.step_factor ** int(done * epochs / options.step_epochs)
+        return options.step_factor ** int(done * epochs / options.step_epochs + 1e-9)
     warmup = options.warmup
     if done < warmup:
         return (done + 1e-3) / (warmup + 1e-3)
