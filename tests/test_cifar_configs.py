@@ -85,3 +85,9 @@ def test_the_four_conv_rows_start(name: str, arrays: dict[str, Path], tmp_path: 
     words = rnp if name == "rnp" else ["router.epochs=1"]
     phases = start(EXPERIMENTS / "conv4" / f"{name}.yaml", arrays["cifar10"], tmp_path / "run", *words)
     assert phases == (["widths", "agent1", "joint"] if name == "rnp" else ["train"])
+
+
+@pytest.mark.parametrize("path", ["cifar10/rnr.yaml", "cifar10/cascade_25_100.yaml", "cifar100/rnp.yaml"])
+def test_a_configuration_is_inspected_without_its_weights(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(EXPERIMENTS / path), "--json"]) == 0
+    assert '"macs_dense"' in capsys.readouterr().out

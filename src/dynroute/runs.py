@@ -295,14 +295,18 @@ def check(config: Config) -> RoutedNet:
 
 
 def inspect_path(source: Path) -> dict[str, Any]:
-    """`inspect` of a run folder, or of a YAML file, whose data is read only where its name does not tell enough."""
+    """`inspect` of a run folder, or of a YAML file, whose data is read only where its name does not tell enough.
+
+    The weights that a YAML file starts from are not read: they change no size and no cost.
+    """
     if source.is_dir():
         net, config, _ = restore(source / LAST)
         return inspect(config, net)
     if not source.exists():
         raise InputError(f"{source} is neither a configuration nor a run folder{_nearest(source)}")
     config = load_config(source)
-    return inspect(config, build(config, known_spec(config.data) or _data(config).spec))
+    sized = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None, nets=[]))
+    return inspect(config, build(sized, known_spec(config.data) or _data(config).spec))
 
 
 def _data(config: Config) -> Dataset:
