@@ -19,7 +19,6 @@ from tiny import make_backbone, make_router
 EXPERIMENTS = Path(__file__).parent.parent / "experiments" / "imagenet"
 SHORT = [f"router.{key}=1" for key in ("widths_epochs", "rounds", "agent_epochs")]
 SMALL = ["data.image_size=64", "optim.batch_size=2", "optim.amp=none", "device=cpu", "threads=1"]
-NO_VGG = "the backbone vgg16 is not there yet"
 
 
 @pytest.fixture(scope="session")
@@ -52,15 +51,12 @@ def test_rnr_starts_on_resnet50(jpegs: Path, tmp_path: Path) -> None:
 RNP = sorted(path.stem for path in EXPERIMENTS.glob("rnp_vgg16_*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "backbone", ["resnet18", pytest.param("vgg16", marks=pytest.mark.skipif("vgg16" not in BACKBONES, reason=NO_VGG))]
-)
+@pytest.mark.parametrize("backbone", ["resnet18", "vgg16"])
 def test_rnp_starts(backbone: str, jpegs: Path, tmp_path: Path) -> None:
     words = (f"backbone.name={backbone}", "backbone.width=8", "backbone.weights=null", "router.cnn_epochs=1")
     assert start(RNP[0], jpegs, tmp_path / "run", *words) == ["widths", "agent1", "cnn1"]
 
 
-@pytest.mark.skipif("vgg16" not in BACKBONES, reason=NO_VGG)
 @pytest.mark.parametrize("name", RNP)
 def test_rnp_configurations_differ_in_penalty_and_groups_and_reach_their_target(name: str) -> None:
     config, first = load_config(EXPERIMENTS / f"{name}.yaml"), load_config(EXPERIMENTS / f"{RNP[0]}.yaml")

@@ -51,7 +51,7 @@ def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Com
     names = expand(papers)
     rows, left_out = read(paths) if paths or not names else ([], [])
     _make_folder(out)
-    table = tables.build(rows) if rows else tables.empty()
+    table = tables.build(rows, left_out) if rows else tables.empty()
     files, svg = _write_runs(table, left_out, out) if rows else ([], "")
     reported = paper_table(names, table)
     files += _write_papers(reported, out) if reported else []

@@ -41,7 +41,7 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], list[LeftOut]]:
         try:
             rows = _test_rows(file)
         except InputError as error:
-            left_out.append(LeftOut(_shown(file), _reason(error, file)))
+            left_out.append(LeftOut(_shown(file), reason_of(error, file)))
             continue
         usable = [row for row in rows if all(_finite(row[name]) for name in NEEDED)]
         if len(usable) < len(rows):
@@ -162,7 +162,7 @@ def _shown(file: Path) -> Path:
     return file.parent if file.name == EVAL_FILE and file.parent.name else file
 
 
-def _reason(error: InputError, file: Path) -> str:
+def reason_of(error: InputError, file: Path) -> str:
     """The error without the path, which is shown beside it."""
     text = str(error).removeprefix(f"cannot read {file}: ").removeprefix(str(file)).lstrip(": ")
     return textwrap.shorten(text, 200, placeholder=" ...")

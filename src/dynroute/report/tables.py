@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dynroute.contracts import InputError
 from dynroute.records import EVAL_COLUMNS, NUMBERS
 from dynroute.report.paired import Images, answers, paired, unpaired
-from dynroute.report.read import BESIDE, Row, base_name, identity
+from dynroute.report.read import BESIDE, LeftOut, Row, base_name, identity, reason_of
 
 if TYPE_CHECKING:  # pandas and rich take a while to import, and most commands need neither
     import pandas as pd
@@ -42,7 +42,7 @@ MEANS = ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1
 FLOPS = "FLOPs (multiply-adds)"
 
 
-def build(rows: list[Row]) -> pd.DataFrame:
+def build(rows: list[Row], left_out: list[LeftOut] | None = None) -> pd.DataFrame:
     """The main table: one line per method, setting and target, pooled over seeds. Columns: see COLUMNS.
 
     The controls made from a line's own routes (column control) stand under it.
@@ -58,7 +58,8 @@ def build(rows: list[Row]) -> pd.DataFrame:
     table = pd.DataFrame([{**dict(zip(GROUP, key, strict=True)), **_pool(part)} for key, part in groups])
     table["label"] = _labels(table)
     add_static(table)
-    add_intervals(table)
+    left_out = [] if left_out is None else left_out
+    add_intervals(table, left_out)
     add_controls(table)
     table["other"] = table["method"] != STATIC  # sorts static first
     table["setting_share"] = table.groupby(SETTING, dropna=False)["macs_share"].transform("first")  # the net's own
@@ -122,8 +123,11 @@ def add_static(table: pd.DataFrame) -> None:
     table["vs_static"] = 100 * (table["top1"] - table["static_top1"])
 
 
-def add_intervals(table: pd.DataFrame) -> None:
-    """Add vs_static_low, vs_static_high: `paired` against the same static nets; single runs with routes.csv alone."""
+def add_intervals(table: pd.DataFrame, left_out: list[LeftOut]) -> None:
+    """Add vs_static_low, vs_static_high: `paired` against the same static nets; single runs with routes.csv alone.
+
+    A routes.csv that cannot be read gives no interval and is added to left_out.
+    """
     table[["vs_static_low", "vs_static_high"]] = float("nan")
     files: dict[tuple[str, float], Images] = {}
     for _, part in table.groupby(PLACE):
@@ -133,7 +137,7 @@ def add_intervals(table: pd.DataFrame) -> None:
         for place, row in routed.iterrows():
             near = _neighbours(row["macs_share"], list(best["macs_share"]))
             others = [best.iloc[k] for k in near]
-            images = [_images(each, files) for each in (row, *others)]
+            images = [_images(each, files, left_out) for each in (row, *others)]
             difference = paired(images[0], images[1:], list(near.values()))
             if difference:
                 table.loc[[place], ["vs_static_low", "vs_static_high"]] = [difference[1:]]
@@ -148,15 +152,17 @@ def _neighbours(share: float, shares: list[float]) -> dict[int, float]:
     return {after - 1: 1 - part, after: part}
 
 
-def _images(row: pd.Series[Any], files: dict[tuple[str, float], Images]) -> Images:
-    """The answers of a row's routes.csv, none where it has none or it cannot be read."""
+def _images(row: pd.Series[Any], files: dict[tuple[str, float], Images], left_out: list[LeftOut]) -> Images:
+    """The answers of a row's routes.csv; none where it has none, or where it cannot be read, which is said in left_out."""
     target = row["flops_target"]
     key = (row["routes_file"], -1.0 if target != target else target)
     if key not in files:
         try:
             files[key] = answers(Path(key[0]), None if key[1] < 0 else target) if key[0] else {}
-        except InputError:
+        except InputError as error:
             files[key] = {}
+            said = LeftOut(Path(key[0]), f"{reason_of(error, Path(key[0]))} (no interval)")
+            left_out += [said] if said not in left_out else []
     return files[key]
 
 

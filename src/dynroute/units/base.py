@@ -11,7 +11,7 @@ Two contracts hold for every unit and are checked by `testing.check_unit`:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,21 @@ class Reorder(torch.autograd.Function):
         return Reorder.apply(grads[0], inverse_B, order_B), None, None
 
 
+def by_group(x_BCHW: Tensor, group_B: Tensor, run: Callable[[int, Tensor, bool], Tensor]) -> Tensor:
+    """Images sorted by group, each group's run through its own function, and back into their order.
+
+    run: of (group, its images, whether they are enough for batch statistics: FEW of them, or all there are).
+    """
+    counts = torch.bincount(group_B).tolist()
+    if max(counts) == len(group_B):
+        return run(counts.index(len(group_B)), x_BCHW, True)
+    order_B = group_B.argsort(stable=True)
+    inverse_B = order_B.argsort()
+    parts = Reorder.apply(x_BCHW, order_B, inverse_B).split(counts)
+    done = [run(group, part, len(part) >= FEW) for group, part in enumerate(parts) if len(part)]
+    return Reorder.apply(torch.cat(done), inverse_B, order_B)
+
+
 class WidthNorm(nn.Module):
     """A BatchNorm of its own for each width 1..A: statistics and affine, no MACs (Yu et al., Slimmable Networks, 2019).
 
@@ -101,7 +116,7 @@ class WidthNorm(nn.Module):
             shift_AC = self.bias - self.running_mean * scale_AC
             scale, shift = (v[row_B, :, None, None].to(y_BCHW.dtype) for v in (scale_AC, shift_AC))
             return torch.addcmul(shift, y_BCHW, scale)
-        return self._by_width(y_BCHW, row_B + 1)
+        return by_group(y_BCHW, row_B + 1, lambda w, run_BCHW, enough: self._one(run_BCHW, w, enough))
 
     def run(self, y_BCHW: Tensor, width: int) -> Tensor:
         """Normalise images that all have one width."""
@@ -113,17 +128,6 @@ class WidthNorm(nn.Module):
         for name in STATISTICS:
             getattr(norm, name).data.copy_(getattr(self, name)[width - 1])
         return norm
-
-    def _by_width(self, y_BCHW: Tensor, width_B: Tensor) -> Tensor:
-        """Images sorted by width, one native BatchNorm for each run of them, and back into their order."""
-        counts = torch.bincount(width_B, minlength=len(self.weight) + 1).tolist()
-        if max(counts) == len(width_B):
-            return self._one(y_BCHW, counts.index(len(width_B)), True)
-        order_B = width_B.argsort(stable=True)
-        inverse_B = order_B.argsort()
-        runs = Reorder.apply(y_BCHW, order_B, inverse_B).split(counts)
-        done = [self._one(run, w, counts[w] >= FEW) for w, run in enumerate(runs) if counts[w]]
-        return Reorder.apply(torch.cat(done), inverse_B, order_B)
 
     def _one(self, y_BCHW: Tensor, width: int, batch_statistics: bool) -> Tensor:
         running = (self.running_mean[width - 1], self.running_var[width - 1])  # views: updated in place

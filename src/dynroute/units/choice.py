@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms, conv_macs
-from dynroute.units.base import FEW, Reorder, Residual, Unit, Weights, make_shortcut, tensors
+from dynroute.units.base import Residual, Unit, Weights, by_group, make_shortcut, tensors
 from dynroute.units.ranking import best_first
 
 
@@ -142,15 +142,8 @@ class ChoiceUnit(Unit):
         return total
 
     def _chosen(self, x_BCHW: Tensor, choice_B: Tensor) -> Tensor:
-        """Images sorted by choice, each run of them through its body, and back into their order."""
-        counts = torch.bincount(choice_B, minlength=len(self.sizes)).tolist()
-        if max(counts) == len(choice_B):
-            return self._run(counts.index(len(choice_B)), x_BCHW, self.training)
-        order_B = choice_B.argsort(stable=True)
-        inverse_B = order_B.argsort()
-        runs = Reorder.apply(x_BCHW, order_B, inverse_B).split(counts)
-        done = [self._run(g, run, self.training and len(run) >= FEW) for g, run in enumerate(runs) if len(run)]
-        return Reorder.apply(torch.cat(done), inverse_B, order_B)
+        """Each image through its own body."""
+        return by_group(x_BCHW, choice_B, lambda g, run_BCHW, enough: self._run(g, run_BCHW, self.training and enough))
 
     def _run(self, g: int, x_BCHW: Tensor, batch_statistics: bool) -> Tensor:
         """One body, with batch or running statistics."""
