@@ -52,7 +52,11 @@ def test_a_routed_row_stands_between_its_static_neighbours(tmp_path: Path) -> No
     assert line["vs_static"] == pytest.approx(12.5)
     assert (line["vs_static_low"], line["vs_static_high"]) == pytest.approx((12.5 - half, 12.5 + half), abs=1e-2)
     (tmp_path / "d" / "routes.csv").write_text("x,y\n1,2\n")
-    assert compare(paths, tmp_path / "out").table["vs_static_low"].isna().all()
+    again = compare(paths, tmp_path / "out")
+    assert again.table["vs_static_low"].isna().all()
+    (said,) = again.left_out
+    assert said.path == tmp_path / "d" / "routes.csv" and "lacks the columns" in said.reason
+    assert "routes.csv" in (tmp_path / "out" / "index.html").read_text()
     with pytest.raises(InputError, match="lacks the columns split"):
         answers(tmp_path / "d" / "routes.csv", None)
 
