@@ -27,12 +27,14 @@ class Router(nn.Module):
     price: the one budget dial: a charge per share of a unit's multiply-adds, subtracted from the score of whatever would
     run. 0 is the trained point. price_limits: where the dial's end stops lie (beyond them nothing changes any more).
     train_only: names of submodules that a deployed net does without. remarks: what the user is told when training starts.
+    pooled: decide() looks at nothing but the mean of a feature map over its pixels, so that it may be given (B, C, 1, 1).
     """
 
     price: float = 0.0
     price_limits: tuple[float, float] = (-1e4, 1e4)
     train_only: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    pooled: bool = False
 
     def __init__(self, specs: Sequence[UnitSpec]) -> None:
         super().__init__()
@@ -43,7 +45,10 @@ class Router(nn.Module):
         return None
 
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
-        """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit."""
+        """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit.
+
+        Every tensor of a state has the images as its first dimension, and none of them shares memory with x_BCHW.
+        """
         raise NotImplementedError("a router must write decide()")
 
     def macs(self) -> float:

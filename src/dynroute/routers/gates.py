@@ -72,6 +72,7 @@ class GateRouter(Router):
     """
 
     train_only = ("category",)
+    pooled = True
 
     def __init__(self, specs: Sequence[UnitSpec], options: DmnnOptions, superclasses: int = 0) -> None:
         super().__init__(specs)

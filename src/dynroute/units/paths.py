@@ -52,6 +52,7 @@ class PathBottleneck(Unit):
 
     expansion = 4
     fold = True  # the last BatchNorms by `folded_sum` in training; the same numbers, fewer of them
+    additive = True
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class PathInverted(Unit):
     """
 
     fold = True  # as for bottlenecks
+    additive = True
 
     def __init__(
         self,
@@ -172,7 +174,7 @@ class PathInverted(Unit):
         """The open sub-blocks as one block, with each last BatchNorm folded and the biases summed."""
         opened = [g for g, on in enumerate(keep) if on]
         if not opened:
-            return self.shortcut
+            return Residual(self.shortcut, None, relu=False)
         rows, every = opened_channels(self.sizes, opened).to(self.expand.weight.device), slice(None)
         body = nn.Sequential(
             sliced_conv(self.expand, rows, every),
@@ -183,7 +185,7 @@ class PathInverted(Unit):
             nn.ReLU6(),
             summed_conv(self.project, self.bn3, opened),
         )
-        return LinearSum(self.shortcut, body).eval()
+        return Residual(self.shortcut, body, relu=False).eval()
 
     def cost_terms(self) -> CostTerms:
         """All convolutions shrink with the expanded channels; a projection always runs, but the plain net has none."""
@@ -217,19 +219,6 @@ class PathInverted(Unit):
         if isinstance(self.shortcut, nn.Sequential):
             for value in (self.shortcut[1].weight, self.shortcut[1].bias):
                 nn.init.zeros_(cast(Tensor, value))
-
-
-class LinearSum(nn.Module):
-    """shortcut + body, with no ReLU: what a narrowed unit of sub-blocks with a linear end is made of."""
-
-    def __init__(self, shortcut: nn.Module, body: nn.Module) -> None:
-        super().__init__()
-        self.shortcut, self.body = shortcut, body
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The unit's output for images of one pattern."""
-        out_BCHW: Tensor = self.shortcut(x_BCHW) + self.body(x_BCHW)
-        return out_BCHW
 
 
 def gated_sum(
