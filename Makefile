@@ -1,6 +1,7 @@
 # make demo    train DMNN and RNP on the embedded data and compare them with the static net of the same cost
 # make test    the test suite          make check   format, lint, types, tests
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
+# make budget  one net for any budget against a net for each
 # make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,9 +10,10 @@ DATA ?= data
 CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 cascade_25_100 widths rnr dmnn rnp
 
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
+BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_40 rnp_60 rnp_80 dmnn_any dmnn_40 dmnn_60 dmnn_80
 CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 
-.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 table clean
+.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 budget table clean
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -71,6 +73,9 @@ conv4: .venv/ready
 
 cifar100: .venv/ready
 	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
+
+budget: .venv/ready
+	$(call rows,budget,$(BUDGET),0.4 0.5 0.6 0.7 0.8)
 
 # The tables of README.md and docs/results.md, from the CSVs.
 table: .venv/ready
