@@ -287,7 +287,12 @@ def make_optimizers(
         ]
     router = list(net.router.parameters()) if "router" in phase.trains else []
     if router and phase.router_lr is None:
-        sgd.append({"params": router, "weight_decay": 0.0, "lr": options.lr * phase.router_scale})
+        decayed, plain = split_decay(net.router)
+        rate = options.lr * phase.router_scale
+        sgd += [
+            {"params": decayed, "weight_decay": phase.router_decay, "lr": rate},
+            {"params": plain, "weight_decay": 0.0, "lr": rate},
+        ]
     made: list[torch.optim.Optimizer] = []
     if sgd:
         made.append(

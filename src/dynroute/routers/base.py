@@ -77,7 +77,7 @@ class Phase:
     loss: its terms are summed and become columns of train.csv; those named note_... are only recorded.
     routes: keep_BUG for B images instead of the router's own decisions (dense: all ones); None asks the router.
     router_lr: Adam at this rate (and with this router_decay) for the router; None trains it by the backbone's SGD, at
-    router_scale times its rate and without weight decay. lr_scale: of optim.lr, for the backbone.
+    router_scale times its rate and with router_decay on its weights alone. lr_scale: of optim.lr, for the backbone.
     schedule: called before each minibatch with the part of the phase that is done, 0..1 (exploration, temperature).
     target: share of the parts that the loss asks for, mean over units; an epoch that ends far from it is remarked upon.
     """
