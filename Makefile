@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
-CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 cascade_25_100 widths rnr dmnn rnp
+CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr dmnn rnp
 
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
 CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
@@ -49,13 +49,15 @@ format: .venv/ready
 	$(BIN)/ruff check --fix src tests experiments
 
 # $(call rows,folder,names,targets): train, evaluate and keep the CSV of each. A run resumes where it was stopped; a finished
-# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled.
+# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled; the slimmable net
+# at its widths.
 define rows
 @for name in $(2); do \
   $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml data.path=$(DATA) --out runs/$(1)/$$name --resume && \
   case $$name in \
     rn*|dmnn*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \
+    slimmable) $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,0.25 0.5 0.75 1,--flops-target $(t)) || test $$? -eq 3 ;; \
     *) $(BIN)/dynroute eval runs/$(1)/$$name ;; \
   esac && \
   mkdir -p experiments/results/$(1) && cp runs/$(1)/$$name/eval.csv experiments/results/$(1)/$$name.csv || exit 1; \
