@@ -9,9 +9,10 @@ DATA ?= data
 CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr dmnn rnp
 
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
+SHAPES := dense widths rnr
 CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 
-.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 table clean
+.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 shapes pruned table clean
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -53,7 +54,7 @@ format: .venv/ready
 # at its widths.
 define rows
 @for name in $(2); do \
-  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml data.path=$(DATA) --out runs/$(1)/$$name --resume && \
+  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml $(if $(filter shapes,$(1)),,data.path=$(DATA)) --out runs/$(1)/$$name --resume && \
   case $$name in \
     rn*|dmnn*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \
@@ -71,6 +72,11 @@ cifar10: .venv/ready
 conv4: .venv/ready
 	$(call rows,conv4,$(CONV4),0.18 0.23 0.31 0.61 0.87 0.95)
 
+# Do easy images cost less, where the difficulty of each is known?
+shapes: .venv/ready
+	$(call rows,shapes,$(SHAPES),0.4 0.5 0.6)
+	$(BIN)/python experiments/easy_is_cheap.py runs/shapes/rnr runs/shapes/dense --out experiments/results/shapes_easy.csv
+
 cifar100: .venv/ready
 	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
 
@@ -81,6 +87,8 @@ table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/conv4 --out experiments/results/conv4_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/conv4_comparison/table.md
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/shapes_easy.csv easy_shapes
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/batchnorm.csv batchnorm
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build
