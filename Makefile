@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
-CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 cascade_25_100 widths rnr dmnn rnp
+CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr dmnn rnp
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
@@ -16,6 +16,10 @@ BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_40 rnp_60 rnp_8
 CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 
 .PHONY: demo test lint check format slow coverage ablation budget cifar10 conv4 cifar100 table clean
+SHAPES := dense widths rnr
+CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
+
+.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 shapes pruned table clean
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -53,13 +57,15 @@ format: .venv/ready
 	$(BIN)/ruff check --fix src tests experiments
 
 # $(call rows,folder,names,targets): train, evaluate and keep the CSV of each. A run resumes where it was stopped; a finished
-# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled.
+# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled; the slimmable net
+# at its widths.
 define rows
 @for name in $(2); do \
-  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml data.path=$(DATA) --out runs/$(1)/$$name --resume && \
+  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml $(if $(filter shapes,$(1)),,data.path=$(DATA)) --out runs/$(1)/$$name --resume && \
   case $$name in \
     rn*|dmnn*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \
+    slimmable) $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,0.25 0.5 0.75 1,--flops-target $(t)) || test $$? -eq 3 ;; \
     *) $(BIN)/dynroute eval runs/$(1)/$$name ;; \
   esac && \
   mkdir -p experiments/results/$(1) && cp runs/$(1)/$$name/eval.csv experiments/results/$(1)/$$name.csv || exit 1; \
@@ -86,6 +92,11 @@ ablation: .venv/ready
 conv4: .venv/ready
 	$(call rows,conv4,$(CONV4),0.18 0.23 0.31 0.61 0.87 0.95)
 
+# Do easy images cost less, where the difficulty of each is known?
+shapes: .venv/ready
+	$(call rows,shapes,$(SHAPES),0.4 0.5 0.6)
+	$(BIN)/python experiments/easy_is_cheap.py runs/shapes/rnr runs/shapes/dense --out experiments/results/shapes_easy.csv
+
 cifar100: .venv/ready
 	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
 
@@ -99,6 +110,8 @@ table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/conv4 --out experiments/results/conv4_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/conv4_comparison/table.md
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/shapes_easy.csv easy_shapes
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/batchnorm.csv batchnorm
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build

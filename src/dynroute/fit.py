@@ -221,6 +221,8 @@ class _Part:
             batch = batch._replace(
                 advice=Advice(said_BK, self.options.teacher_weight, self.options.teacher_temperature)
             )
+        if phase.passes > 1:
+            batch = batch.repeated(phase.passes)
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             routes = phase.routes(len(batch.labels)) if phase.routes else None
             out: Output = self.net(batch.images, routes)

@@ -27,7 +27,12 @@ PLACES = {
     "rnp:fig-cifar10": "curve of four conv layers",
     "rnp:fig-cifar100": "curve of VGG-16",
 }
-OURS = {**dict.fromkeys(recipes.VARIANTS, "dmnn"), "rnp": "rnp", "vanilla": STATIC}  # reported method -> ours
+OURS = {
+    **dict.fromkeys(recipes.VARIANTS, "dmnn"),
+    "rnp": "rnp",
+    "vanilla": STATIC,
+    "slimmable-0.75": "slimmable",
+}  # reported method -> ours
 WORDS = ("paper", "table", "dataset", "method", "backbone", "certainty", "note")  # the rest are numbers
 
 

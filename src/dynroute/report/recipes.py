@@ -36,6 +36,10 @@ VARIANTS = {  # rows of the ablation, by the options that are off
     "dmnn-cat": "previous",
     "dmnn-no-prev-no-cat": "category previous",
 }
+SLIMMABLE = {  # widths of our parts near the reported share of S-...-0.75: the paper slims every channel, we the routable ones
+    "resnet50": "backbone.parts=8 router.widths=[0.25,0.5,0.625,1.0]",
+    "mobilenetv2": "backbone.parts=4 router.widths=[0.25,0.5,0.75,1.0]",
+}
 RNP_SHARES = {3: "0.3333", 4: "0.25", 5: "0.2", 10: "0.1"}  # rnp:tab2, by speed-up
 VANILLA: dict[
     str, dict[float, int | str | None]
@@ -90,7 +94,7 @@ def _steps(row: Row) -> tuple[list[str], int]:
         return _dmnn(row)
     if row["method"] in STATIC_FULL:
         return _full(row)
-    by_method = {"rnp": _rnp, "vanilla": _vanilla}
+    by_method = {"rnp": _rnp, "vanilla": _vanilla, "slimmable-0.75": _slimmable}
     return by_method[row["method"]](row) if row["method"] in by_method else ([], 0)
 
 
@@ -110,6 +114,15 @@ def _full(row: Row) -> tuple[list[str], int]:
     name = f"static_{row['backbone']}_{dataset}"
     keys = f"router.name=static router.epochs={EPOCHS[dataset]} backbone.name={backbone(row)}"
     return _made(name, f"{keys} {_data(dataset)} {_recipe(row)}", ""), EPOCHS[dataset]
+
+
+def _slimmable(row: Row) -> tuple[list[str], int]:
+    """All four widths in one run, as many passes over the images in each epoch."""
+    name = f"slimmable_{row['backbone']}_{row['dataset']}"
+    widths, epochs = SLIMMABLE[row["backbone"]], EPOCHS[row["dataset"]]
+    keys = f"router.name=slimmable router.epochs={epochs} backbone.name={backbone(row)} {widths}"
+    asked = f" --flops-target {row['macs_ratio_pct'] / 100:g}"
+    return _made(name, f"{keys} {_data(row['dataset'])} {_recipe(row)}", asked), 4 * epochs
 
 
 def _made(name: str, keys: str, asked: str) -> list[str]:

@@ -79,6 +79,8 @@ class Phase:
     router_lr: Adam at this rate (and with this router_decay) for the router; None trains it by the backbone's SGD, at
     router_scale times its rate and with router_decay on its weights alone. lr_scale: of optim.lr, for the backbone.
     schedule: called before each minibatch with the part of the phase that is done, 0..1 (exploration, temperature).
+    passes: how often each minibatch is run, copy after copy in one forward pass, so that a loss may compare what one image
+    gets under several routes: `routes` is asked for passes x B of them and `loss` is given as many images.
     target: share of the parts that the loss asks for, mean over units; an epoch that ends far from it is remarked upon.
     """
 
@@ -92,6 +94,7 @@ class Phase:
     router_scale: float = 1.0
     lr_scale: float = 1.0
     schedule: Callable[[float], None] | None = None
+    passes: int = 1
     target: float | None = None
 
 
