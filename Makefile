@@ -9,7 +9,7 @@ DATA ?= data
 CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 cascade_25_100 widths rnr dmnn rnp
 
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
-CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
+CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 
 .PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 table clean
 

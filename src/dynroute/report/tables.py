@@ -35,7 +35,18 @@ COLUMNS = (
         "macs_p95",
     ),
     *("router_share", "top1", "top1_std", "top5", "n_seeds", "n", "reached", "static_top1", "vs_static"),
-    *("latency_ms_p50", "speedup", "epochs", "params", "seeds", "commits", "machine", "parts", "variant"),
+    *(
+        "latency_ms_p50",
+        "speedup",
+        "epochs",
+        "params",
+        "seeds",
+        "commits",
+        "machine",
+        "parts",
+        "variant",
+        "trained_for",
+    ),
     *("vs_static_low", "vs_static_high", "vs_routed", "vs_routed_low", "vs_routed_high"),
 )
 MEANS = ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1", "top5", "epochs")
@@ -88,6 +99,7 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "params": part["params"].max(),
         "parts": part["parts"].iloc[0],
         "variant": part["variant"].iloc[0],
+        "trained_for": part["trained_for"].iloc[0],
         "routes_file": part["routes_file"].iloc[0] if len(part) == 1 else "",
         "reached": bool(abs(share - target) <= TOLERANCE + 1e-9) if asked else None,
         "latency_ms_p50": part["latency_ms_p50"].mean() if same_clock else float("nan"),
