@@ -167,18 +167,30 @@ def cells(paper: PaperTable) -> list[dict[str, str]]:
     return [{h: row[h] for h in kept} for row in shown]
 
 
-def missing(paper: PaperTable) -> list[str]:
-    """A line for each row without a run: what it needs."""
+class Missing(NamedTuple):
+    """A reported row without a run. needs: data and hours, or what dynroute lacks, where there is no command."""
+
+    name: str
+    needs: str
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.command} | {self.needs}" if self.command else f"{self.name}: {self.needs}"
+
+
+def missing(paper: PaperTable) -> list[Missing]:
+    """What each row without a run needs."""
     return [_missing(row) for row in paper.rows if not row["run"]]
 
 
-def _missing(row: Row) -> str:
+def _missing(row: Row) -> Missing:
     told = {"N": row["sub_blocks"], "target": row["target"], "share %": row["reported_share_pct"]}
     where = ", ".join(f"{k} {v:.4g}" for k, v in told.items() if v is not None)
     name = f"{row['method']}, {row['backbone']}" + (f" ({where})" if where else "")
     if not row["to_make_command"]:
-        return f"{name}: {row['to_make_lacks']}"
-    return f"{name}: {row['to_make_command']} | {row['to_make_data']}, about {row['to_make_hours']:.2g} h on one H200"
+        return Missing(name, row["to_make_lacks"], "")
+    needs = f"{row['to_make_data']}, about {row['to_make_hours']:.2g} h on one H200"
+    return Missing(name, needs, row["to_make_command"])
 
 
 def to_rich(paper: PaperTable) -> Table:
