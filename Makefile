@@ -13,13 +13,11 @@ CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_40 rnp_60 rnp_80 dmnn_any dmnn_40 dmnn_60 dmnn_80
-CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
-
-.PHONY: demo test lint check format slow coverage ablation budget cifar10 conv4 cifar100 table clean
 SHAPES := dense widths rnr
-CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
+CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 
-.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 shapes pruned table clean
+.PHONY: demo test lint check format slow coverage ablation budget cifar10 conv4 cifar100 table clean shapes pruned
+
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -214,15 +214,19 @@ def compare(
     comparison = report.compare(paths or [], out, paper or [])
     if as_json:
         rows = json.loads(comparison.table.to_json(orient="records"))
+        lines = json.loads(comparison.controls.to_json(orient="records"))
         left = [{"path": str(path), "reason": reason} for path, reason in comparison.left_out]
         papers = [table._asdict() for table in comparison.papers]
         files = [str(f) for f in comparison.files]
-        print(json.dumps({"rows": rows, "papers": papers, "left_out": left, "files": files}, indent=2))
+        answer = {"rows": rows, "controls": lines, "papers": papers, "left_out": left, "files": files}
+        print(json.dumps(answer, indent=2))
         return
     width = None if sys.stdout.isatty() else 200
     console = Console(width=width)
     if len(comparison.table):
         console.print(report.to_rich(comparison.table))
+    if len(comparison.controls):
+        console.print(report.rich_table(report.control_cells(comparison.controls), "Routed rows beside their controls"))
     for table in comparison.papers:
         console.print(report.papers.to_rich(table))
         for line in report.papers.missing(table):

@@ -15,7 +15,7 @@ from typing import Any
 from dynroute.contracts import InputError
 
 EVAL_FILE, TRAIN_FILE, ROUTES_FILE = "eval.csv", "train.csv", "routes.csv"
-BUDGET_FILE = "budget.json"
+BENCH_FILE, BUDGET_FILE = "bench.csv", "budget.json"
 
 
 @dataclass
@@ -99,16 +99,21 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[
     write_text(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a CSV written by `write_rows`; every cell a string. Raises InputError on a missing, torn or foreign file."""
+def read_text(path: Path) -> str:
+    """The text of a CSV written by `write_rows`. Raises InputError on a missing or torn file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not text.endswith("\n"):
         raise InputError(f"{path} ends in the middle of a line: half-written or not a CSV of dynroute")
+    return text
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV written by `write_rows`; every cell a string. Raises InputError on a missing, torn or foreign file."""
     try:
-        rows = list(csv.DictReader(io.StringIO(text), restkey="", restval=None))
+        rows = list(csv.DictReader(io.StringIO(read_text(path)), restkey="", restval=None))
     except csv.Error as error:
         raise InputError(f"{path} is not a CSV: {error}") from None
     if any("" in row or None in row.values() for row in rows):
