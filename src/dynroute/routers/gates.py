@@ -106,7 +106,8 @@ class GateRouter(Router):
 
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
         """Gates of block u. Notes: logits_BG (open minus closed), and category_BS while training."""
-        v_BD = self.features[u](x_BCHW.mean((2, 3)))
+        pooled_BC = x_BCHW.mean((2, 3)).to(self.get_buffer(f"share_{u}").dtype)  # the net may run in a shorter type
+        v_BD = self.features[u](pooled_BC)
         h_BD = F.relu(v_BD if self.norms is None else self.norms[u](v_BD))
         if state is not None and str(u) in self.previous:
             h_BD = h_BD + F.relu(self.previous[str(u)](state))
