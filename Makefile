@@ -1,6 +1,7 @@
 # make demo    train DMNN and RNP on the embedded data and compare them with the static net of the same cost
 # make test    the test suite          make check   format, lint, types, tests
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
+# make bench   how fast skipping is on this machine
 # make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 cascade_2
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
 CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 
-.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 table clean
+.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 bench table clean
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,15 +39,15 @@ coverage: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --cov --cov-report=term --cov-fail-under=90
 
 lint: .venv/ready
-	$(BIN)/ruff format --check src tests experiments
-	$(BIN)/ruff check src tests experiments
+	$(BIN)/ruff format --check src tests experiments benchmarks
+	$(BIN)/ruff check src tests experiments benchmarks
 	$(BIN)/mypy
 
 check: lint test
 
 format: .venv/ready
-	$(BIN)/ruff format src tests experiments
-	$(BIN)/ruff check --fix src tests experiments
+	$(BIN)/ruff format src tests experiments benchmarks
+	$(BIN)/ruff check --fix src tests experiments benchmarks
 
 # $(call rows,folder,names,targets): train, evaluate and keep the CSV of each. A run resumes where it was stopped; a finished
 # one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled.
@@ -72,13 +73,19 @@ conv4: .venv/ready
 cifar100: .venv/ready
 	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
 
-# The tables of README.md and docs/results.md, from the CSVs.
+# How fast skipping is, on this machine: the table of docs/performance.md.
+bench: .venv/ready
+	$(BIN)/python benchmarks/skipping.py
+	@$(MAKE) table
+
+# The tables of README.md, docs/results.md and docs/performance.md, from the CSVs.
 table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/cifar10 --out experiments/results/comparison
 	$(BIN)/python experiments/readme_table.py README.md experiments/results/comparison/table.md
 	$(BIN)/dynroute compare experiments/results/conv4 --out experiments/results/conv4_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/conv4_comparison/table.md
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build

@@ -104,6 +104,11 @@ class Overruled(Router):
         return self.router.macs()
 
 
+def executor(net: RoutedNet) -> FastNet:
+    """The fast run of a net, with as many threads as torch is set to."""
+    return FastNet(net)
+
+
 def numbered(images_NCHW: Tensor) -> Tensor:
     """The images, each with its number in its first two pixels."""
     number_N = torch.arange(len(images_NCHW), device=images_NCHW.device)
@@ -187,7 +192,7 @@ class _Cases:
         if "dense" in modes:
             yield "dense", self.plain(self.dense)
             body = self.dense.backbone
-            fast = FastNet(RoutedNet(body, Router(body.specs)).to(x.device))
+            fast = executor(RoutedNet(body, Router(body.specs)).to(x.device))
             yield "executor", self.plain(lambda x: fast(x, fast.net.dense_routes(len(x)).to(x)))
         for mode, make in (("compiled", compiled), ("onnxruntime", onnxruntime)):
             if mode in modes:
@@ -196,7 +201,7 @@ class _Cases:
                 except Unavailable as reason:
                     self.remarks.append(str(reason))
         if "all_on" in modes:
-            whole = FastNet(self.net)
+            whole = executor(self.net)
             keep_BUG = self.net.dense_routes(self.plan.batch).to(x)
             yield "all_on", Case(lambda turn: _call(whole, self.picked(turn), keep_BUG), self.macs_given)
         for place, setting in enumerate(settings):
@@ -209,7 +214,7 @@ class _Cases:
         if "masked" in self.plan.modes:
             yield "masked", self.net, _macs
         if "skipping" in self.plan.modes:
-            yield "skipping", self.filled(FastNet(self.net), setting), _macs
+            yield "skipping", self.filled(executor(self.net), setting), _macs
         if "router" in self.plan.modes:
             yield "router", self.decisions(), lambda result: 0.0
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ def compiled(dense: nn.Module, x_BCHW: Tensor) -> Run:
     try:
         torch.compiler.reset()
         made = torch.compile(dense, dynamic=False)
-        with inductor.patch(freezing=True):
+        with _quiet(), inductor.patch(freezing=True):
             made(x_BCHW)
     except Exception as error:  # no compiler, an unsupported operator, ...: many types
         raise Unavailable(f"torch.compile: {_first_line(error)}") from None
@@ -58,21 +57,28 @@ def onnxruntime(dense: nn.Module, x_BCHW: Tensor) -> Run:
 
 
 def _exported(dense: nn.Module, x_BCHW: Tensor) -> bytes:
-    """The net as an ONNX file, without the exporter's talk."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(dense, (x_BCHW.contiguous(),), dynamo=True)
-    finally:
-        logging.disable(level)
+    """The net as an ONNX file."""
+    with _quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the exporter prints its progress
+        program = torch.onnx.export(dense, (x_BCHW.contiguous(),), dynamo=True)
     assert program is not None
     file: bytes = program.model_proto.SerializeToString()
     return file
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings and log lines, of which the compilers have many that a user can do nothing about."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
 def _first_line(error: Exception) -> str:
     """What went wrong, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}{': ' + lines[0] if lines else ''}".replace(os.linesep, " ")
+    return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
