@@ -20,8 +20,8 @@ from dynroute.bench import (
     DenseNet,
     Overruled,
     Plan,
+    Point,
     Reading,
-    Setting,
     Times,
     bench,
     choose_clock,
@@ -120,7 +120,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, found: dict[str, Times], **plan: An
     net = make_net("dmnn", "paths")
     net.router.price = 0.5
     monkeypatch.setattr(modes, "interleaved", lambda cases, *_: {name: found[name] for name in cases})
-    rows, remarks = bench(net, make_backbone(parts=1), pictures(8), [Setting()], Plan(**plan), LABELS)
+    rows, remarks = bench(net, make_backbone(parts=1), pictures(8), [Point()], Plan(**plan), LABELS)
     assert net.router.price == 0.5 and remarks == []
     return rows
 
@@ -206,8 +206,8 @@ def test_uniform_routes_are_legal_and_even(unit: str) -> None:
 def test_random_routes_are_those_of_the_random_router() -> None:
     net = make_net("dmnn", "paths")
     images = numbered(pictures(200))
-    other, setting = timing.drawn(net, images, 0.25)
-    assert setting == Setting(rate=0.25, routes="random")
+    other, point = timing.drawn(net, images, 0.25)
+    assert point == Point(rate=0.25, routes="random")
     keep = other(images).trace.keep_BUG
     assert abs(float(keep.mean()) - 0.25) < 0.05
     assert torch.equal(other(images[50:60]).trace.keep_BUG, keep[50:60])
@@ -215,7 +215,7 @@ def test_random_routes_are_those_of_the_random_router() -> None:
 
 def test_a_router_that_learns_nothing_keeps_its_own_routes() -> None:
     net = make_net("static", "channels")
-    assert timing.drawn(net, numbered(pictures(4)), None) == (net, Setting())
+    assert timing.drawn(net, numbered(pictures(4)), None) == (net, Point())
     assert timing.drawn(net, numbered(pictures(4)), 0.5)[1].routes == "random"
 
 
@@ -251,7 +251,7 @@ def test_bf16_runs_and_leaves_the_net_alone(name: str, unit: str) -> None:
     net, plain = make_net(name, unit), make_backbone(parts=1)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     asked = Plan(batch=2, dtype="bf16", seconds=0, least=1)
-    rows, _ = bench(net, plain, pictures(4), [Setting()], asked, LABELS)
+    rows, _ = bench(net, plain, pictures(4), [Point()], asked, LABELS)
     assert {row.dtype for row in rows} == {"bf16"} and rows[0].macs_mean == net.cost.dense
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert {p.dtype for p in plain.parameters()} == {torch.float32}

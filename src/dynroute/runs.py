@@ -17,7 +17,7 @@ import torch
 
 from dynroute import __version__, plugins
 from dynroute.assembly import build, dense_twin, fingerprint, inference_parameters, make_teacher, restore, trained_as
-from dynroute.bench import POOL, Plan, Setting, bench
+from dynroute.bench import POOL, Plan, Point, bench
 from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import InputError
 from dynroute.controls import CONTROLS
@@ -197,7 +197,7 @@ class Evaluator:
         row = self._row(scores, split, target, price, calibrated)
         rows: list[BenchRow] = []
         if timed:
-            rows, _ = self.bench([Setting(target, price)], Plan(modes=frozenset({"dense", "skipping"})), split)
+            rows, _ = self.bench([Point(target, price)], Plan(modes=frozenset({"dense", "skipping"})), split)
             row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
             row.latency_batch, row.latency_threads, row.latency_device = (
                 rows[-1].batch,
@@ -209,8 +209,8 @@ class Evaluator:
         missed = target is not None and abs(row.macs_share - target) > TOLERANCE
         return Result(row, self.dial.span() if target is not None else None, missed, scores, rows)
 
-    def bench(self, settings: Sequence[Setting], plan: Plan, split: str = "test") -> tuple[list[BenchRow], list[str]]:
-        """Rows of `bench.bench` at settings of this run, on images of a split, and remarks."""
+    def bench(self, points: Sequence[Point], plan: Plan, split: str = "test") -> tuple[list[BenchRow], list[str]]:
+        """Rows of `bench.bench` at points of this run, on images of a split, and remarks."""
         part, _ = self._split(split)
         images = max(POOL, 2 * plan.batch)
         few = limited(part, images)
@@ -218,7 +218,7 @@ class Evaluator:
         batch = next(iter(loader(few, self.data.spec, images, train=False, device=self.device, workers=workers)))
         dense = dense_twin(self.config, self.data.spec).backbone.to(self.device)
         labels = bench_labels(self.config, self.device) | {"run": self.folder.name}
-        return bench(self.net, dense, batch.images, settings, plan, labels)
+        return bench(self.net, dense, batch.images, points, plan, labels)
 
     def controls(self, result: Result) -> list[Result]:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.

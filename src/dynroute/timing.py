@@ -15,15 +15,14 @@ from pathlib import Path
 import torch
 
 from dynroute.assembly import dense_twin
-from dynroute.bench import DTYPES, POOL, Overruled, Plan, Setting, bench, numbered, uniform_routes
+from dynroute.bench import DTYPES, POOL, Overruled, Plan, Point, bench, numbered, random_routes, uniform_routes
 from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec
 from dynroute.measure import TOLERANCE
 from dynroute.net import RoutedNet
 from dynroute.records import BENCH_FILE, BenchRow, merge_bench
-from dynroute.routers import Router, ranged, stacked
-from dynroute.routers.static import RandomOptions, RandomRouter
+from dynroute.routers import ranged
 from dynroute.runs import Evaluator, bench_labels, nearest, on_device, prepare, untrained
 
 CLOCKS = ("auto", "thread", "wall")
@@ -98,17 +97,17 @@ def _of_run(folder: Path, request: Request, say: Said) -> Timed:
     if request.rate is not None:
         raise InputError(f"--rate draws routes for a configuration; {folder} is a run, which has a router of its own")
     evaluator = Evaluator.of(folder, device=request.device)
-    settings, missed = [Setting()], []
+    points, missed = [Point()], []
     for target in request.targets:
         say(f"fitting the price for {target:g}")
         price, share = evaluator.fitted(target)
-        settings.append(Setting(target, price))
+        points.append(Point(target, price))
         if abs(share - target) > TOLERANCE:
             low, high = evaluator.dial.span()
             missed.append(
                 f"target {target:g} missed: {share:.3f} on calibration, this net reaches {low:.3f} to {high:.3f}"
             )
-    timed = _timed(lambda plan: evaluator.bench(settings, plan), request, say)
+    timed = _timed(lambda plan: evaluator.bench(points, plan), request, say)
     merge_bench(folder / BENCH_FILE, timed.rows)
     return replace(timed, missed=missed)
 
@@ -123,34 +122,27 @@ def bench_untrained(
     drawing = torch.Generator().manual_seed(config.top.seed)
     images_NCHW = torch.randn(images, spec.channels, spec.image_size, spec.image_size, generator=drawing)
     images_NCHW = numbered(images_NCHW.to(device, memory_format=torch.channels_last))
-    net, setting = drawn(net, images_NCHW, request.rate)
+    net, point = drawn(net, images_NCHW, request.rate)
 
     def run(plan: Plan) -> tuple[list[BenchRow], list[str]]:
-        return bench(net, dense, images_NCHW, [setting], plan, bench_labels(config, device))
+        return bench(net, dense, images_NCHW, [point], plan, bench_labels(config, device))
 
     return _timed(run, request, say)
 
 
-def drawn(net: RoutedNet, images_NCHW: torch.Tensor, rate: float | None) -> tuple[RoutedNet, Setting]:
+def drawn(net: RoutedNet, images_NCHW: torch.Tensor, rate: float | None) -> tuple[RoutedNet, Point]:
     """The net under routes drawn for the numbered images: at a rate as router.name=random, None: evenly from the legal ones.
 
     A router without weights has no need of draws, and keeps its own where no rate is asked for.
     """
     if rate is None and not list(net.router.parameters()):
-        return net, Setting()
+        return net, Point()
     if rate is None:
         routes_NUG = uniform_routes(net.backbone.specs, len(images_NCHW))
     else:
-        routes_NUG = _random_routes(RandomRouter(net.backbone.specs, RandomOptions(rate)).eval(), images_NCHW)
+        routes_NUG = random_routes(net.backbone.specs, images_NCHW, rate)
     made = RoutedNet(net.backbone, Overruled(net.router, routes_NUG)).to(images_NCHW.device)
-    return made, Setting(rate=rate, routes="uniform" if rate is None else "random")
-
-
-def _random_routes(router: Router, images_NCHW: torch.Tensor) -> torch.Tensor:
-    """keep_NUG by a router that looks at the images alone."""
-    state = router.begin(images_NCHW)
-    keeps = [router.decide(u, images_NCHW, state)[0].keep_BG for u in range(len(router.specs))]
-    return stacked([keep.float() for keep in keeps])
+    return made, Point(rate=rate, routes="uniform" if rate is None else "random")
 
 
 def _timed(run: Callable[[Plan], tuple[list[BenchRow], list[str]]], request: Request, say: Said) -> Timed:

@@ -4,17 +4,15 @@ from dynroute.bench.modes import (
     DTYPES,
     POOL,
     DenseNet,
-    Overruled,
     Plan,
-    Setting,
+    Point,
     bench,
     executor,
     ideal_share,
-    numbered,
-    uniform_routes,
     warnings,
 )
 from dynroute.bench.rounds import Case, Reading, Times, choose_clock, interleaved
+from dynroute.bench.routes import Overruled, numbered, random_routes, uniform_routes
 
 __all__ = [
     "DTYPES",
@@ -23,8 +21,8 @@ __all__ = [
     "DenseNet",
     "Overruled",
     "Plan",
+    "Point",
     "Reading",
-    "Setting",
     "Times",
     "bench",
     "choose_clock",
@@ -32,6 +30,7 @@ __all__ = [
     "ideal_share",
     "interleaved",
     "numbered",
+    "random_routes",
     "uniform_routes",
     "warnings",
 ]

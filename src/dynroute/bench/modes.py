@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from dynroute.backbones import Backbone
 from dynroute.bench.others import Run, Unavailable, compiled, onnxruntime
 from dynroute.bench.rounds import LEAST, Case, Times, at, choose_clock, interleaved
-from dynroute.contracts import Decision, InputError, Output
+from dynroute.contracts import InputError, Output
 from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
-from dynroute.routers import Router, State
+from dynroute.routers import Router
 from dynroute.skipping import FastNet
 
 POOL = 256  # images at least through which the rounds rotate, where the data have so many
@@ -30,12 +30,11 @@ FORMS = {
     "dense": "eager",
     "executor": "executor",
     "compiled": "compiled",
-}  # of the dense net, of which the best is taken
+}  # of the dense net; the fastest is dense_best
 FALLEN = 0.95  # share of the dense net's multiply-adds below which time should have fallen too
-NUMERAL = 256  # base in which `numbered` writes; every dtype here holds whole numbers up to it exactly
 
 
-class Setting(NamedTuple):
+class Point(NamedTuple):
     """A point at which the routed net is timed: the price of a FLOPs target (None: the trained point), or a rate.
 
     routes: who chooses, `router`, or `random` or `uniform` draws in its stead.
@@ -75,75 +74,20 @@ class DenseNet(nn.Module):
         return logits_BK
 
 
-class Overruled(Router):
-    """Asks a router, so that its time is spent, and runs given routes instead; for timing nets whose router is untrained.
-
-    routes_NUG: by the number that `numbered` wrote into each image, so that any part of a batch finds its own.
-    """
-
-    routes_NUG: Tensor
-
-    def __init__(self, router: Router, routes_NUG: Tensor) -> None:
-        super().__init__(router.specs)
-        self.router, self.price_limits = router, router.price_limits
-        self.register_buffer("routes_NUG", routes_NUG.float(), persistent=False)
-
-    def begin(self, x_BCHW: Tensor) -> State:
-        """The router's own state, and the routes of these images."""
-        low_B, high_B = x_BCHW[:, 0, 0, 0].long(), x_BCHW[:, 0, 0, 1].long()
-        return self.router.begin(x_BCHW), self.routes_NUG[low_B + NUMERAL * high_B]
-
-    def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
-        """The given keep of unit u, after the router has said its own."""
-        inner, routes_BUG = state
-        _, inner = self.router.decide(u, x_BCHW, inner)
-        return Decision(routes_BUG[:, u, : self.specs[u].parts], {}), (inner, routes_BUG)
-
-    def macs(self) -> float:
-        """The router's."""
-        return self.router.macs()
-
-
 def executor(net: RoutedNet) -> FastNet:
     """The fast run of a net, with as many threads as torch is set to."""
     return FastNet(net)
-
-
-def numbered(images_NCHW: Tensor) -> Tensor:
-    """The images, each with its number in its first two pixels."""
-    number_N = torch.arange(len(images_NCHW), device=images_NCHW.device)
-    images_NCHW[:, 0, 0, 0] = (number_N % NUMERAL).to(images_NCHW.dtype)
-    images_NCHW[:, 0, 0, 1] = (number_N // NUMERAL).to(images_NCHW.dtype)
-    return images_NCHW
-
-
-def uniform_routes(specs: Sequence[Any], images: int, seed: int = 0) -> Tensor:
-    """keep_NUG in which each unit's keep is drawn evenly from its legal ones: RNP's uniform actions, for one."""
-    drawing = torch.Generator().manual_seed(seed)
-    keep_NUG = torch.zeros(images, len(specs), max(spec.parts for spec in specs))
-    for u, spec in enumerate(specs):
-        places_G = torch.arange(spec.parts)
-        least = 0 if spec.skippable else 1
-        if spec.form == "choice":
-            keep_NG = places_G == torch.randint(spec.parts, (images, 1), generator=drawing)
-        elif spec.form == "nested":
-            keep_NG = places_G < torch.randint(least, spec.parts + 1, (images, 1), generator=drawing)
-        else:
-            number_N = torch.randint(least, 1 << spec.parts, (images, 1), generator=drawing)
-            keep_NG = number_N >> places_G & 1
-        keep_NUG[:, u, : spec.parts] = keep_NG.float()
-    return keep_NUG
 
 
 def bench(
     net: RoutedNet,
     dense: Backbone,
     images_NCHW: Tensor,
-    settings: Sequence[Setting],
+    points: Sequence[Point],
     plan: Plan,
     labels: Mapping[str, Any],
 ) -> tuple[list[BenchRow], list[str]]:
-    """Time all modes at all settings in one interleaved run, with as many threads as torch is set to; rows and remarks.
+    """Time all modes at all points in one interleaved run, with as many threads as torch is set to; rows and remarks.
 
     dense: the plain static backbone. Each round takes the next images of the pool, all cases the same ones, so that routes
     vary as in use; before the clock starts the skipping runs have met every image of the pool once. labels: the columns of
@@ -157,13 +101,13 @@ def bench(
     if "onnxruntime" in plan.modes and (device.type != "cpu" or plan.dtype != "fp32"):
         raise InputError("--onnx runs on the processor in fp32 alone")
     with torch.inference_mode(), _kept_price(net.router):
-        bench = _Cases(cast(net, plan.dtype), dense, images_NCHW, plan)
-        cases = dict(bench.all(settings))
+        made = _Cases(cast(net, plan.dtype), dense, images_NCHW, plan)
+        cases = dict(made.all(points))
         times = interleaved(cases, clock, plan.seconds, plan.least)
-    rows = _rows(times, settings, plan, net, labels)
+    rows = _rows(times, points, plan, net, labels)
     for row in rows:
         row.device, row.threads, row.clock = str(device), threads, clock_name
-    return rows, bench.remarks
+    return rows, made.remarks
 
 
 def cast(net: RoutedNet, dtype: str) -> RoutedNet:
@@ -186,14 +130,15 @@ class _Cases:
         self.dense = DenseNet(body).to(images_NCHW.device, dtype).to(memory_format=torch.channels_last)
         self.last: tuple[int, Tensor] | None = None
 
-    def all(self, settings: Sequence[Setting]) -> Iterator[tuple[str, Case]]:
-        """Cases by name; those of a setting end in its place."""
+    def all(self, points: Sequence[Point]) -> Iterator[tuple[str, Case]]:
+        """Cases by name; those of a point end in its place."""
         x, modes = self.picked(0), self.plan.modes
         if "dense" in modes:
             yield "dense", self.plain(self.dense)
             body = self.dense.backbone
             fast = executor(RoutedNet(body, Router(body.specs)).to(x.device))
-            yield "executor", self.plain(lambda x: fast(x, fast.net.dense_routes(len(x)).to(x)))
+            every_BUG = fast.net.dense_routes(self.plan.batch).to(x)
+            yield "executor", self.plain(lambda x: fast(x, every_BUG))
         for mode, make in (("compiled", compiled), ("onnxruntime", onnxruntime)):
             if mode in modes:
                 try:
@@ -204,23 +149,23 @@ class _Cases:
             whole = executor(self.net)
             keep_BUG = self.net.dense_routes(self.plan.batch).to(x)
             yield "all_on", Case(lambda turn: _call(whole, self.picked(turn), keep_BUG), self.macs_given)
-        for place, setting in enumerate(settings):
-            for mode, run, read in self.routed(setting):
+        for place, point in enumerate(points):
+            for mode, run, read in self.routed(point):
                 if mode in modes:
-                    yield f"{mode}{place}", self.at(setting, run, read)
+                    yield f"{mode}{place}", self.priced(point, run, read)
 
-    def routed(self, setting: Setting) -> Iterator[tuple[str, Run, Callable[[Any], float]]]:
-        """The routed net's modes at a setting: name, work, and what is read of its result."""
+    def routed(self, point: Point) -> Iterator[tuple[str, Run, Callable[[Any], float]]]:
+        """The routed net's modes at a point: name, work, and what is read of its result."""
         if "masked" in self.plan.modes:
             yield "masked", self.net, _macs
         if "skipping" in self.plan.modes:
-            yield "skipping", self.filled(executor(self.net), setting), _macs
+            yield "skipping", self.filled(executor(self.net), point), _macs
         if "router" in self.plan.modes:
             yield "router", self.decisions(), lambda result: 0.0
 
-    def filled(self, fast: FastNet, setting: Setting) -> FastNet:
+    def filled(self, fast: FastNet, point: Point) -> FastNet:
         """An executor that has met every image of the pool."""
-        self.net.router.price = setting.price
+        self.net.router.price = point.price
         for turn in range(math.ceil(len(self.images_NCHW) / self.plan.batch)):
             fast(self.picked(turn))
         return fast
@@ -250,11 +195,11 @@ class _Cases:
         """A case of the dense net."""
         return Case(lambda turn: _call(run, self.picked(turn)))
 
-    def at(self, setting: Setting, run: Run, read: Callable[[Any], float]) -> Case:
+    def priced(self, point: Point, run: Run, read: Callable[[Any], float]) -> Case:
         """A case of the routed net, which finds its price set."""
 
         def prepare(turn: int) -> Callable[[], Any]:
-            self.net.router.price = setting.price
+            self.net.router.price = point.price
             return _call(run, self.picked(turn))
 
         return Case(prepare, read)
@@ -291,20 +236,20 @@ def _kept_price(router: Router) -> Iterator[None]:
 
 
 def _rows(
-    times: Mapping[str, Times], settings: Sequence[Setting], plan: Plan, net: RoutedNet, labels: Mapping[str, Any]
+    times: Mapping[str, Times], points: Sequence[Point], plan: Plan, net: RoutedNet, labels: Mapping[str, Any]
 ) -> list[BenchRow]:
     """Rows of one interleaved run, those of the dense net first."""
     best = min((name for name in FORMS if name in times), key=lambda name: times[name].mean, default=None)
     reference = times[best] if best else None
     whole = times.get("all_on")
 
-    def row(mode: str, taken: Times, macs: float, form: str = "", setting: Setting | None = None) -> BenchRow:
-        own = setting or Setting()
+    def row(mode: str, taken: Times, macs: float, form: str = "", point: Point | None = None) -> BenchRow:
+        own = point or Point()
         return BenchRow(
             **labels,
             mode=mode,
             form=form,
-            routes=own.routes if setting else "",
+            routes=own.routes if point else "",
             flops_target=own.target,
             rate=own.rate,
             batch=plan.batch,
@@ -327,12 +272,12 @@ def _rows(
     if whole:
         made.append(row("all_on", whole, whole.figure_R[0]))
         made[-1].ideal_share = 1.0
-    for place, setting in enumerate(settings):
+    for place, point in enumerate(points):
         for mode in ("masked", "skipping"):
             taken = times.get(f"{mode}{place}")
             if taken:
                 macs = sum(taken.figure_R) / len(taken.figure_R)
-                made.append(row(mode, taken, macs, setting=setting))
+                made.append(row(mode, taken, macs, point=point))
         if f"skipping{place}" in times:
             made[-1].ideal_share = ideal_share(whole, times[f"skipping{place}"]) if whole else None
             decided = times.get(f"router{place}")
@@ -350,7 +295,7 @@ def ideal_share(whole: Times, routed: Times) -> float:
 
 
 def warnings(rows: Sequence[BenchRow]) -> list[str]:
-    """A line for each setting at which multiply-adds fall and time does not."""
+    """A line for each point at which multiply-adds fall and time does not."""
     return [
         f"FLOPs fall to {row.macs_share:.2f} of dense, time does not: {row.speedup:.2f}x the speed of the best dense run "
         f"at batch {row.batch}, {row.threads} thread{'s' * (row.threads > 1)} on {row.device}"
