@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dynroute.bench import POOL, Case, choose_clock, executor, interleaved, numbered
+from dynroute.bench import POOL, Case, Plan, choose_clock, executor, interleaved, numbered
 from dynroute.net import RoutedNet
 from dynroute.records import BenchRow, read_rows, write_rows
 from dynroute.runs import commit, machine, untrained
@@ -44,6 +44,7 @@ COLUMNS = (
     "torch",
     "machine",
 )
+MODES = Plan.modes - {"masked"}  # which nothing here is compared with
 Figures = dict[str, Any]
 
 
@@ -63,7 +64,7 @@ def timed(config: Path, batch: int, rate: float | None = None, **asked: Any) -> 
     @cache
     def run(seconds: float) -> dict[str, BenchRow]:
         words = ["device=cpu"] if "device" not in asked else []
-        request = Request(rate=rate, batches=[batch], seconds=seconds, **asked)
+        request = Request(rate=rate, batches=[batch], seconds=seconds, modes=MODES, **asked)
         return {row.mode: row for row in bench_untrained(*untrained(config, words), request).rows}
 
     return run

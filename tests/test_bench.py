@@ -36,6 +36,7 @@ from dynroute.cli import main
 from dynroute.contracts import InputError
 from dynroute.net import RoutedNet
 from dynroute.records import BENCH_COLUMNS, BenchRow, merge_bench, read_rows
+from dynroute.report.read import read
 from dynroute.routers import Router, legal
 from dynroute.runs import affinity
 from dynroute.skipping import FastNet
@@ -401,3 +402,11 @@ def test_the_dense_twin_costs_what_shares_are_of() -> None:
     for unit in FORMS:
         net = make_net("cascade" if unit == "cascade" else "static", unit)
         assert make_backbone(parts=1).dense_macs == net.cost.dense
+
+
+def test_compare_passes_over_bench_csv(tmp_path: Path, runs: dict[str, Path], capsys: Capture) -> None:
+    said(capsys, "eval", runs["static"])
+    shutil.copy(runs["static"] / "eval.csv", tmp_path / "static.csv")
+    merge_bench(tmp_path / "bench.csv", [BenchRow(**LABELS, mode="dense")])
+    rows, left_out = read([tmp_path])
+    assert rows and left_out == []

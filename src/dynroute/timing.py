@@ -30,7 +30,7 @@ CLOCKS = ("auto", "thread", "wall")
 
 @dataclass
 class Request:
-    """What `dynroute bench` is asked for. Raises InputError on the first value out of range."""
+    """What `dynroute bench` is asked for; modes: without the optional ones. Raises InputError on the first value out of range."""
 
     targets: list[float] = field(default_factory=list)
     rate: float | None = None
@@ -42,6 +42,7 @@ class Request:
     seconds: float = Plan.seconds
     compiled: bool = False
     onnx: bool = False
+    modes: frozenset[str] = Plan.modes
 
     def __post_init__(self) -> None:
         """Check every value by itself."""
@@ -63,7 +64,7 @@ class Request:
     def plans(self) -> Iterator[tuple[int, Plan]]:
         """Thread count and plan of every interleaved run."""
         optional = {"compiled": self.compiled, "onnxruntime": self.onnx}
-        modes = Plan.modes | {mode for mode, asked in optional.items() if asked}
+        modes = self.modes | {mode for mode, asked in optional.items() if asked}
         for threads in self.threads:
             for batch in self.batches:
                 yield threads, Plan(batch, self.dtype, self.clock, self.seconds, modes=modes)

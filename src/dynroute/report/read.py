@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynroute.contracts import InputError
-from dynroute.records import EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
+from dynroute.records import BENCH_FILE, EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
 
 Row = dict[str, Any]
 CONFIG_FILE = "config.yaml"
 TABLE_FILE, PICTURE_FILE, PAPERS_FILE = "table.csv", "accuracy_flops.csv", "papers.csv"
 NOT_EVAL = frozenset(
-    {TRAIN_FILE, ROUTES_FILE, TABLE_FILE, PICTURE_FILE, PAPERS_FILE}
+    {TRAIN_FILE, ROUTES_FILE, BENCH_FILE, TABLE_FILE, PICTURE_FILE, PAPERS_FILE}
 )  # our own files: --out may be a results folder
 NEEDED = ("top1", "macs_share")
 BESIDE = ("parts", "variant", "routes_file")  # from files beside the rows
