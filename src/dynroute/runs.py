@@ -197,7 +197,8 @@ class Evaluator:
         row = self._row(scores, split, target, price, calibrated)
         rows: list[BenchRow] = []
         if timed:
-            rows, _ = self.bench([Point(target, price)], Plan(modes=frozenset({"dense", "skipping"})), split)
+            plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
+            rows, _ = self.bench([Point(target, price)], plan, split)
             row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
             row.latency_batch, row.latency_threads, row.latency_device = (
                 rows[-1].batch,
