@@ -3,6 +3,7 @@
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
 # make budget  one net for any budget against a net for each
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
+# make bench   how fast skipping is on this machine
 # make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +17,7 @@ BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_40 rnp_60 rnp_8
 SHAPES := dense widths rnr
 CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 
-.PHONY: demo test lint check format slow coverage ablation budget cifar10 conv4 cifar100 table clean shapes pruned
+.PHONY: demo test lint check format slow coverage ablation budget cifar10 conv4 cifar100 table clean shapes pruned bench
 
 
 .venv/ready: pyproject.toml
@@ -44,15 +45,15 @@ coverage: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --cov --cov-report=term --cov-fail-under=90
 
 lint: .venv/ready
-	$(BIN)/ruff format --check src tests experiments
-	$(BIN)/ruff check src tests experiments
+	$(BIN)/ruff format --check src tests experiments benchmarks
+	$(BIN)/ruff check src tests experiments benchmarks
 	$(BIN)/mypy
 
 check: lint test
 
 format: .venv/ready
-	$(BIN)/ruff format src tests experiments
-	$(BIN)/ruff check --fix src tests experiments
+	$(BIN)/ruff format src tests experiments benchmarks
+	$(BIN)/ruff check --fix src tests experiments benchmarks
 
 # $(call rows,folder,names,targets): train, evaluate and keep the CSV of each. A run resumes where it was stopped; a finished
 # one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled; the slimmable net
@@ -102,6 +103,12 @@ budget: .venv/ready
 	$(call rows,budget,$(BUDGET),0.4 0.5 0.6 0.7 0.8)
 
 # The tables of README.md and docs/results.md, from the CSVs.
+# How fast skipping is, on this machine: the table of docs/performance.md.
+bench: .venv/ready
+	$(BIN)/python benchmarks/skipping.py
+	@$(MAKE) table
+
+# The tables of README.md, docs/results.md and docs/performance.md, from the CSVs.
 table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/cifar10 --out experiments/results/comparison
 	$(BIN)/python experiments/readme_table.py README.md experiments/results/comparison/table.md
@@ -110,6 +117,7 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/shapes_easy.csv easy_shapes
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/batchnorm.csv batchnorm
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build

@@ -150,7 +150,7 @@ class GateRouter(Router):
         Notes: logits_BG (open minus closed); while training category_BS, and with a budget asked_B, told_B and greedy_BG,
         the gates without noise.
         """
-        z_BC = x_BCHW.mean((2, 3))
+        z_BC = x_BCHW.mean((2, 3)).to(self.get_buffer(f"share_{u}").dtype)  # the net may run in a shorter type
         if self.range is not None and state.told_B is not None:
             told_B1 = self.range.place(state.told_B)[:, None] * 2 - 1
             z_BC = torch.cat([z_BC, told_B1.to(z_BC.dtype)], 1)

@@ -45,12 +45,12 @@ class Conv:
     def fold(self, norm: nn.BatchNorm2d) -> None:
         """Take in a BatchNorm (eval) that follows."""
         assert self.plain is not None and norm.running_mean is not None and norm.running_var is not None
-        scale = (norm.running_var + norm.eps).rsqrt()
-        shift = -norm.running_mean * scale
+        scale, kind = (norm.running_var.float() + norm.eps).rsqrt(), self.plain.dtype
+        shift = -norm.running_mean.float() * scale
         if norm.affine:
             scale, shift = scale * norm.weight.detach(), shift * norm.weight.detach() + norm.bias.detach()
-        self.plain = self.plain * scale[:, None, None, None]
-        self.bias = self.bias * scale + shift
+        self.plain = (self.plain * scale[:, None, None, None]).to(kind)
+        self.bias = (self.bias * scale + shift).to(kind)
 
     def __call__(self, x_NCHW: Tensor) -> Tensor:
         """The convolution and its activation."""
