@@ -34,15 +34,15 @@ class FastNet:
     def __call__(self, x_BCHW: Tensor, keep_BUG: Tensor | None = None) -> Output:
         """Logits, decisions and cost of each image; keep_BUG: these routes instead of the router's."""
         net = self.net
-        state = net.router.begin(x_BCHW) if keep_BUG is None else None
+        journey = net.router.start(x_BCHW) if keep_BUG is None else None
         x_BCHW = self.stem(x_BCHW)
         keeps: list[Tensor] = []
         for u, unit in enumerate(net.backbone.routable):
-            if keep_BUG is None:
-                decision, state = net.router.decide(u, x_BCHW, state)
-                keep_BG = decision.keep_BG
-            else:
+            if keep_BUG is not None:
                 keep_BG = keep_BUG[:, u, : unit.spec.parts]
+            elif journey is not None:
+                decision, journey = net.router.choose(u, x_BCHW, journey)
+                keep_BG = decision.keep_BG
             above_BG = None if unit.reads is None else keeps[unit.reads]
             x_BCHW = self._unit(u, x_BCHW, keep_BG, above_BG)
             keeps.append(keep_BG)

@@ -54,7 +54,8 @@ def answers(file: Path, target: float | None) -> Images:
     if missing:
         raise InputError(f"{file} lacks the columns {', '.join(missing)}: written by another version or program")
     wanted = ("test", "last", "" if target is None else f"{target:.12g}")
-    mine = (r for r in rows if (r["split"], r["checkpoint"], r["flops_target"]) == wanted)
+    free = (r for r in rows if not r.get("flops_max"))  # of rows without a limit on every image
+    mine = (r for r in free if (r["split"], r["checkpoint"], r["flops_target"]) == wanted)
     return {(r["index"], r["label"]): r["label"] == r["predicted"] for r in mine}
 
 

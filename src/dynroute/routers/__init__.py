@@ -15,6 +15,7 @@ from dynroute.routers.base import (
     ranged,
     stacked,
 )
+from dynroute.routers.limit import Limit, options
 
 ROUTERS: dict[str, Method] = {
     "static": Method(
@@ -57,6 +58,7 @@ ROUTERS: dict[str, Method] = {
 __all__ = [
     "NOTE",
     "ROUTERS",
+    "Limit",
     "Method",
     "Phase",
     "Router",
@@ -64,6 +66,7 @@ __all__ = [
     "classification_loss",
     "cross_entropy",
     "legal",
+    "options",
     "ranged",
     "stacked",
 ]
