@@ -100,7 +100,8 @@ cifar100: .venv/ready
 	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
 
 budget: .venv/ready
-	$(call rows,budget,$(BUDGET),0.4 0.5 0.6 0.7 0.8)
+	$(call rows,budget,$(BUDGET),0.3 0.4 0.5 0.6 0.7 0.8 0.9)
+	$(BIN)/python experiments/budget_curves.py
 
 # The tables of README.md and docs/results.md, from the CSVs.
 # How fast skipping is, on this machine: the table of docs/performance.md.

@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.backbones import Backbone
+from dynroute.calibration import TOLERANCE
 from dynroute.config import CONFIG_FILE
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
 from dynroute.data import Dataset, loader
 from dynroute.fit import fit
-from dynroute.measure import TOLERANCE, make_dial
+from dynroute.measure import make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import EvalRow, write_text
 from dynroute.routers import Phase, cross_entropy, ranged
@@ -164,7 +165,7 @@ def run(source: Path, by: str, share: float, epochs: int, lr: float | None, fold
     routed = RoutedNet(pruned, StaticRouter(pruned.specs, StaticOptions())).to(dense.device)
     write_text(folder / CONFIG_FILE, config.yaml())
     rows = fit(routed, data, [Phase("tune", epochs, ("backbone",), cross_entropy)], optim, folder, seed=seed)
-    dial = make_dial(routed, [])
+    dial = make_dial(routed, 0, list)
     return Evaluator(folder, routed.eval(), config, data, dense.device, "last", len(rows), dial).measure(None).row
 
 

@@ -76,8 +76,8 @@ def write(table: pd.DataFrame, out: Path) -> list[Path]:
     write_text(out / f"{NAME}.csv", data[COLUMNS].to_csv(index=False, lineterminator="\n"))
     with matplotlib.rc_context(STYLE):
         figure = draw(data)
-        _save(figure, out / f"{NAME}.png", {"Software": None})
-        _save(figure, out / f"{NAME}.svg", {"Date": None, "Creator": None})
+        save(figure, out / f"{NAME}.png", {"Software": None})
+        save(figure, out / f"{NAME}.svg", {"Date": None, "Creator": None})
     return [out / f"{NAME}{suffix}" for suffix in (".csv", ".png", ".svg")]
 
 
@@ -171,7 +171,7 @@ def _percent(values: list[float]) -> list[float]:
     return [100 * value for value in values]
 
 
-def _save(figure: Figure, path: Path, metadata: dict[str, None]) -> None:
+def save(figure: Figure, path: Path, metadata: dict[str, None]) -> None:
     """Write a picture in one step, as `records.write_text` does for text."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
