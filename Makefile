@@ -73,19 +73,18 @@ conv4: .venv/ready
 cifar100: .venv/ready
 	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
 
-# How fast skipping is, on this machine: the table of docs/performance.md.
+# How fast skipping is, on this machine, and the table of docs/performance.md (ONNX Runtime: pip install -e '.[export]').
 bench: .venv/ready
 	$(BIN)/python benchmarks/skipping.py
-	@$(MAKE) table
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 
-# The tables of README.md, docs/results.md and docs/performance.md, from the CSVs.
+# The tables of README.md and docs/results.md, from the CSVs.
 table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/cifar10 --out experiments/results/comparison
 	$(BIN)/python experiments/readme_table.py README.md experiments/results/comparison/table.md
 	$(BIN)/dynroute compare experiments/results/conv4 --out experiments/results/conv4_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/conv4_comparison/table.md
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy
-	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build
