@@ -105,11 +105,12 @@ budget: .venv/ready
 
 # The tables of README.md and docs/results.md, from the CSVs.
 # How fast skipping is, on this machine: the table of docs/performance.md.
+# How fast skipping is, on this machine, and the table of docs/performance.md (ONNX Runtime: pip install -e '.[export]').
 bench: .venv/ready
 	$(BIN)/python benchmarks/skipping.py
-	@$(MAKE) table
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 
-# The tables of README.md, docs/results.md and docs/performance.md, from the CSVs.
+# The tables of README.md and docs/results.md, from the CSVs.
 table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/cifar10 --out experiments/results/comparison
 	$(BIN)/python experiments/readme_table.py README.md experiments/results/comparison/table.md
