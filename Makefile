@@ -4,6 +4,7 @@
 # make budget  one net for any budget against a net for each
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
 # make bench   how fast skipping is on this machine
+# make pruned  filter pruning beside them (Torch-Pruning)   make shapes  is cost spent by difficulty?
 # make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -95,6 +96,16 @@ conv4: .venv/ready
 shapes: .venv/ready
 	$(call rows,shapes,$(SHAPES),0.4 0.5 0.6)
 	$(BIN)/python experiments/easy_is_cheap.py runs/shapes/rnr runs/shapes/dense --out experiments/results/shapes_easy.csv
+
+# The given dense net, its filters pruned by a library to three shares, fine-tuned for as long as the static rows of cifar10.
+pruned: .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[controls]'
+	$(BIN)/dynroute train -c experiments/cifar10/given.yaml data.path=$(DATA) --out runs/cifar10/given --resume
+	$(BIN)/python experiments/prune.py runs/cifar10/given $(foreach s,0.4 0.6 0.8,--share $(s)) --by l1 --by taylor --by group \
+	  --epochs 8 --out runs/cifar10/pruned --resume
+	@mkdir -p experiments/results/cifar10
+	for run in runs/cifar10/pruned/prune_*; do cp $$run/eval.csv experiments/results/cifar10/$${run##*/}.csv || exit 1; done
+	@$(MAKE) table
 
 cifar100: .venv/ready
 	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
