@@ -22,7 +22,13 @@ from dynroute.report.tables import build, empty
 from test_report import STATIC, row, save
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 QUIET += ["--disable-sync", "--disable-quic", "--disable-extensions", "--mute-audio"]
 
 
@@ -62,7 +68,9 @@ class Tables(HTMLParser):
 def example(tmp_path: Path) -> Path:
     """A comparison of static nets, routed runs of three seeds with controls, a paper and a broken run; its folder."""
     target = {"flops_target": 0.5}
-    seeds = [row(0.5, t, run=f"d-s{i}", seed=i, commit="0123456789", **target) for i, t in enumerate((0.86, 0.87, 0.89))]
+    seeds = [
+        row(0.5, t, run=f"d-s{i}", seed=i, commit="0123456789", **target) for i, t in enumerate((0.86, 0.87, 0.89))
+    ]
     others = [row(0.31, 0.83 - i / 100, run=f"r{i}", method="rnr", config_hash=f"r{i}") for i in range(9)]
     shuffled = row(0.31, 0.82, run="r0", method="rnr", config_hash="r0", control="shuffled")
     paths = save(tmp_path / "runs", *STATIC, *seeds, *others, shuffled)
@@ -92,7 +100,9 @@ def test_the_numbers_are_those_of_the_csvs(tmp_path: Path) -> None:
     for there, line in zip(shown, table, strict=True):
         for name, (column, unit) in columns.items():
             wanted = float(line[column] or "nan") * unit
-            assert number(there[name]) == pytest.approx(wanted, abs=0.051 if name == "share" else 0.0051, nan_ok=True), name
+            assert number(there[name]) == pytest.approx(
+                wanted, abs=0.051 if name == "share" else 0.0051, nan_ok=True
+            ), name
     (seeds,) = [r for r in shown if r["method"] == "dmnn"]
     assert seeds["top-1 %"] == "87.33 +- 1.53 (3)"
     lines, shown = read(out / "controls.csv"), page.rows("Controls")

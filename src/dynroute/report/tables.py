@@ -186,7 +186,9 @@ CONTROL_CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "verdict": lambda r: BEATEN if r["beaten"] else NOT_BEATEN,
     "at equal": lambda r: r["basis"],
     "cost": lambda r: _cost(r["cost"], r["basis"]),
-    "control's cost": lambda r: _cost(r["control_cost"], r["basis"]) + ("" if r["relation"] == EQUAL else f", {r['relation']}"),
+    "control's cost": lambda r: (
+        _cost(r["control_cost"], r["basis"]) + ("" if r["relation"] == EQUAL else f", {r['relation']}")
+    ),
     "images": lambda r: r["interval"],
 }
 
