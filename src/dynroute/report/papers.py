@@ -32,6 +32,7 @@ OURS = {  # reported method -> ours
     **{theirs: f"prune_{by}" for theirs, by in recipes.PRUNED.items()},
     "rnp": "rnp",
     "vanilla": STATIC,
+    "slimmable-0.75": "slimmable",
 }
 WORDS = ("paper", "table", "dataset", "method", "backbone", "certainty", "note")  # the rest are numbers
 

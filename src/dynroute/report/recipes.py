@@ -50,6 +50,10 @@ VARIANTS = {  # rows of the ablation, by the options that are off
     "dmnn-no-prev-no-cat": "category previous",
     "convnet-aig": "aig",
 }
+SLIMMABLE = {  # widths of our parts near the reported share of S-...-0.75: the paper slims every channel, we the routable ones
+    "resnet50": "backbone.parts=8 router.widths=[0.25,0.5,0.625,1.0]",
+    "mobilenetv2": "backbone.parts=4 router.widths=[0.25,0.5,0.75,1.0]",
+}
 SHORT = {"resnet50": "50", "resnet101": "101"}  # in names of YAML files
 SUFFIXES = {"": "", "aig": "", "category": "_nocat", "previous": "_noprev", "category previous": "_noprev_nocat"}
 RNP_SHARES = {3: "0.3333", 4: "0.25", 5: "0.2", 10: "0.1"}  # rnp:tab2, by speed-up
@@ -108,7 +112,7 @@ def _steps(row: Row) -> tuple[list[str], int]:
         return _full(row)
     if row["method"] in PRUNED:
         return _pruned(row)
-    by_method = {"rnp": _rnp, "vanilla": _vanilla}
+    by_method = {"rnp": _rnp, "vanilla": _vanilla, "slimmable-0.75": _slimmable}
     return by_method[row["method"]](row) if row["method"] in by_method else ([], 0)
 
 
@@ -150,6 +154,15 @@ def _pruned(row: Row) -> tuple[list[str], int]:
 
 def _imagenet(name: str) -> list[str]:
     return [f"train -c experiments/imagenet/{name}.yaml data.path={_folder('imagenet')}", f"eval runs/{name}"]
+
+
+def _slimmable(row: Row) -> tuple[list[str], int]:
+    """All four widths in one run, as many passes over the images in each epoch."""
+    name = f"slimmable_{row['backbone']}_{row['dataset']}"
+    widths, epochs = SLIMMABLE[row["backbone"]], EPOCHS[row["dataset"]]
+    keys = f"router.name=slimmable router.epochs={epochs} backbone.name={backbone(row)} {widths}"
+    asked = f" --flops-target {row['macs_ratio_pct'] / 100:g}"
+    return _made(name, f"{keys} {_data(row['dataset'])} {_recipe(row)}", asked), 4 * epochs
 
 
 def _made(name: str, keys: str, asked: str) -> list[str]:
