@@ -12,7 +12,7 @@ from dynroute.records import write_rows, write_text
 from dynroute.report import page, plots, tables
 from dynroute.report.papers import PaperTable, expand, paper_table, paper_tables
 from dynroute.report.read import CONTROLS_FILE, PAPERS_FILE, TABLE_FILE, LeftOut, read
-from dynroute.report.tables import Tables, control_cells, rich_table, to_markdown, to_rich
+from dynroute.report.tables import Tables, control_cells, rich_table, to_markdown, to_rich, without_common
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,7 @@ __all__ = [
     "rich_table",
     "to_markdown",
     "to_rich",
+    "without_common",
 ]
 
 

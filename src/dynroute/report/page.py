@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from dynroute.report import papers, recipes, tables
 from dynroute.report.papers import PaperTable
 from dynroute.report.read import LeftOut
-from dynroute.report.tables import WORDS, Tables, cells, control_cells
+from dynroute.report.tables import WORDS, Tables, cells, control_cells, without_common
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,9 +118,9 @@ def render(
     figures = [accuracy_flops(svg), *pictures] if svg else list(pictures)
     return (
         template.render(
-            rows=cells(made.main),
+            results=without_common(cells(made.main)),
             origins=origins(made.main),
-            lines=control_cells(made.lines),
+            controls=without_common(control_cells(made.lines)),
             notes=run_notes(made) if len(made.main) else (),
             control_notes=CONTROL_NOTES,
             figures=[_Drawn(f.name, f.title, f.caption, Markup(_element(f)), f.csv_path.name) for f in figures],
