@@ -139,8 +139,7 @@ def cache_memory(seconds: float) -> Figures:
     for image in images.split(1):
         fast(image)
     weights = sum(p.nbytes for p in net.backbone.parameters())
-    cached = sum(tensor.nbytes for module in fast.modules.values() for tensor in module.state_dict().values())
-    return {"reached": cached / weights, "rounds": len(images), "machine": machine(torch.device("cpu"))}
+    return {"reached": fast.programs.bytes / weights, "rounds": len(images), "machine": machine(torch.device("cpu"))}
 
 
 def routed_net() -> tuple[RoutedNet, torch.Tensor]:

@@ -75,8 +75,9 @@ class DenseNet(nn.Module):
 
 
 def executor(net: RoutedNet) -> FastNet:
-    """The fast run of a net, with as many threads as torch is set to."""
-    return FastNet(net)
+    """The fast run of a net, with as many threads as torch is set to: images apart where there are several, on the CPU."""
+    on_cpu = next(net.backbone.parameters()).is_cpu
+    return FastNet(net, threads=torch.get_num_threads() if on_cpu else 1)
 
 
 def bench(
@@ -164,8 +165,12 @@ class _Cases:
             yield "router", self.decisions(), lambda result: 0.0
 
     def filled(self, fast: FastNet, point: Point) -> FastNet:
-        """An executor that has met every image of the pool."""
+        """An executor that has measured its forms and met every image of the pool."""
         self.net.router.setting = point.setting
+        hopeless = fast.warm_up(self.picked(0))
+        if hopeless:
+            batch = f"at batch {self.plan.batch}, {plural(fast.threads, 'thread')}"
+            self.remarks.append(f"masked, because skipping gains nothing there {batch}: {', '.join(hopeless)}")
         for turn in range(math.ceil(len(self.images_NCHW) / self.plan.batch)):
             fast(self.picked(turn))
         return fast
@@ -215,6 +220,11 @@ class _Cases:
             x_BHWC = self.images_NCHW.permute(0, 2, 3, 1).index_select(0, rows_B.to(self.images_NCHW.device))
             self.last = turn, x_BHWC.permute(0, 3, 1, 2)
         return self.last[1]
+
+
+def plural(count: int, word: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _call(run: Run, *given: Tensor) -> Callable[[], Any]:
