@@ -129,6 +129,7 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/conv4_comparison/table.md
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/shapes_easy.csv easy_shapes
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/enumeration.csv enumeration
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/batchnorm.csv batchnorm
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 
