@@ -38,7 +38,7 @@ from dynroute.units import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "dmnn_step.csv"
-BARS = {"basic": 1.6, "bottleneck": 1.0, "inverted": 1.0}
+BARS = {"basic": 1.6, "bottleneck": 1.0, "inverted": 1.6}
 
 
 class Case(NamedTuple):
@@ -63,7 +63,7 @@ def cases(batch: int) -> Iterator[Case]:
         yield Case("bottleneck", "block", 4, channels, pixels, batch // (16 if pixels > 20 else 4))
     yield Case("inverted", "block", 2, 32, 28, batch // 8)
     yield Case("basic", "resnet20", 2, 32, 32, batch)
-    yield Case("bottleneck", "resnet50_cifar", 4, 256, 32, batch // 2)
+    yield Case("bottleneck", "resnet50_cifar", 4, 256, 32, batch)
 
 
 def blocks(case: Case) -> tuple[Unit, Unit]:
