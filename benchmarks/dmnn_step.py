@@ -97,8 +97,8 @@ class GroupedLast(PathBasic):
         y = F.conv2d(u, weight, padding=1, groups=len(self.sizes))
         gamma, beta = (torch.cat([getattr(norm, name) for norm in self.bn2]) for name in ("weight", "bias"))
         y = F.batch_norm(y, None, None, gamma, beta, True)
-        gated_BGOHW = y.unflatten(1, (len(self.sizes), -1)) * keep_BG[:, :, None, None, None]
-        return F.relu(self.shortcut(x_BCHW) + gated_BGOHW.sum(1))
+        gated_BHWGO = y.permute(0, 2, 3, 1).unflatten(3, (len(self.sizes), -1)) * keep_BG[:, None, None, :, None]
+        return F.relu(self.shortcut(x_BCHW) + gated_BHWGO.sum(3).permute(0, 3, 1, 2))
 
 
 def other(case: Case) -> Unit | None:
