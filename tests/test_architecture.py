@@ -26,6 +26,7 @@ ROOMS = [
     "skipping",
     "measure",
     "controls",
+    "exhibits",
     "fit",
     "report",
     "plugins",

@@ -16,6 +16,7 @@ from dynroute.contracts import InputError
 
 EVAL_FILE, TRAIN_FILE, ROUTES_FILE = "eval.csv", "train.csv", "routes.csv"
 BUDGET_FILE = "budget.json"
+CLASSES_FILE, UNITS_FILE, IMAGES_FILE, IMAGES_FOLDER = "classes.csv", "units.csv", "images.csv", "images"
 
 
 @dataclass

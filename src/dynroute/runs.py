@@ -20,6 +20,7 @@ from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import InputError
 from dynroute.controls import CONTROLS
 from dynroute.data import Dataset, known_spec, limited, load, loader
+from dynroute.exhibits import write_images, write_names
 from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint
 from dynroute.measure import TOLERANCE, Dial, Scores, evaluate, latency, make_dial
 from dynroute.net import RoutedNet
@@ -173,7 +174,7 @@ class Evaluator:
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the price for a target on the calibration split (None: the trained point), then measure the split.
 
-        Writes the row into eval.csv and the per-image routes into routes.csv.
+        Writes the row into eval.csv, the per-image routes into routes.csv, and what `exhibits` leaves beside them.
         """
         price, calibrated = (0.0, None) if target is None else self._fitted(target)
         self.net.router.price = price
@@ -278,6 +279,8 @@ class Evaluator:
                 columns[name.removesuffix("es")] = getattr(part, name)[scores.index_N].tolist()
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         write_rows(path, [*kept, *(setting | row for row in rows)])
+        write_names(self.folder, self.data.spec, self.net.backbone.specs)
+        write_images(self.folder, setting, scores, part, self.data.spec)
 
 
 def _nearest(folder: Path) -> str:

@@ -15,12 +15,10 @@ from dynroute.records import EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
 
 Row = dict[str, Any]
 CONFIG_FILE = "config.yaml"
-TABLE_FILE, PICTURE_FILE, PAPERS_FILE = "table.csv", "accuracy_flops.csv", "papers.csv"
-NOT_EVAL = frozenset(
-    {TRAIN_FILE, ROUTES_FILE, TABLE_FILE, PICTURE_FILE, PAPERS_FILE}
-)  # our own files: --out may be a results folder
+TABLE_FILE, PAPERS_FILE, REPORT_FILE = "table.csv", "papers.csv", "routes_report.csv"
+NOT_EVAL = frozenset({TRAIN_FILE, ROUTES_FILE, TABLE_FILE, PAPERS_FILE, REPORT_FILE})
 NEEDED = ("top1", "macs_share")
-BESIDE = ("parts", "variant", "routes_file")  # from files beside the rows
+BESIDE = ("parts", "variant", "routes_file", "folder")  # from files beside the rows
 
 
 class LeftOut(NamedTuple):
@@ -79,12 +77,17 @@ def _files(path: Path) -> Iterator[Path]:
         yield path / EVAL_FILE
     else:
         runs = [p / EVAL_FILE for p in sorted(path.iterdir()) if p.is_dir() and _is_run(p)]
-        tables = [p for p in sorted(path.glob("*.csv")) if p.name not in NOT_EVAL]
+        tables = [p for p in sorted(path.glob("*.csv")) if not _is_ours(p)]
         yield from runs + tables or [path / EVAL_FILE]
 
 
 def _is_run(path: Path) -> bool:
     return any((path / name).exists() for name in (EVAL_FILE, TRAIN_FILE, CONFIG_FILE, "last.pt"))
+
+
+def _is_ours(file: Path) -> bool:
+    """A CSV that `compare` wrote, since --out may be a results folder; the numbers of a picture lie beside its SVG."""
+    return file.name in NOT_EVAL or file.with_suffix(".svg").exists()
 
 
 def _nearest(path: Path) -> str:
@@ -104,8 +107,9 @@ def _test_rows(file: Path) -> list[Row]:
     if not rows:
         raise InputError("no rows")
     told = _told(file.with_name(CONFIG_FILE))
-    routes = file.with_name(ROUTES_FILE)
-    return [{**row, **told, "routes_file": str(routes) if routes.exists() else ""} for row in tested]
+    routes, is_run = file.with_name(ROUTES_FILE), file.name == EVAL_FILE
+    beside = {"routes_file": str(routes) if routes.exists() else "", "folder": str(file.parent) if is_run else ""}
+    return [{**row, **told, **beside} for row in tested]
 
 
 def _told(config: Path) -> Row:

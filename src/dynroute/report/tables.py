@@ -56,7 +56,7 @@ def build(rows: list[Row], left_out: list[LeftOut] | None = None) -> pd.DataFram
     frame["identity"] = [identity(row) for row in rows]
     groups = frame.groupby(GROUP, dropna=False, sort=True)
     table = pd.DataFrame([{**dict(zip(GROUP, key, strict=True)), **_pool(part)} for key, part in groups])
-    table["label"] = _labels(table)
+    table["label"] = labels(table)
     add_static(table)
     left_out = [] if left_out is None else left_out
     add_intervals(table, left_out)
@@ -102,7 +102,7 @@ def _join(words: Iterable[str]) -> str:
     return " ".join(dict.fromkeys(word for word in words if word))
 
 
-def _labels(table: pd.DataFrame) -> list[str]:
+def labels(table: pd.DataFrame) -> list[str]:
     """The method, or where it was run in several configurations, the run's name less its seed."""
     places = [*PLACE, "method"]
     several = table.groupby(places)["identity"].transform("nunique") > 1
