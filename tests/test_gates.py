@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from dynroute.contracts import Batch, InputError, Output, Trace, UnitSpec
 from dynroute.net import RoutedNet
-from dynroute.routers.gates import DmnnOptions, GateRouter, category_loss, category_weight, phases, resource_loss
+from dynroute.routers.gates import (
+    DmnnOptions,
+    GateRouter,
+    Memory,
+    category_loss,
+    category_weight,
+    phases,
+    resource_loss,
+)
 from dynroute.testing import count_macs
 from tiny import make_net, pictures
 
@@ -172,8 +180,8 @@ def test_no_category_loss_without_superclasses(superclasses: int, options: DmnnO
 def test_category_classifiers_run_in_training_only() -> None:
     router = GateRouter(SPECS, DmnnOptions(), superclasses=5)
     x = torch.randn(2, 4, 3, 3)
-    assert router.decide(0, x, None)[0].notes["category"].shape == (2, 5)
-    assert "category" not in router.eval().decide(0, x, None)[0].notes
+    assert router.decide(0, x, router.begin(x))[0].notes["category"].shape == (2, 5)
+    assert "category" not in router.eval().decide(0, x, router.begin(x))[0].notes
     assert router.macs() == GateRouter(SPECS, DmnnOptions()).macs()
 
 
@@ -185,20 +193,28 @@ def test_the_controller_by_hand() -> None:
     router = GateRouter(SPECS, DmnnOptions()).eval()
     nn.init.normal_(router.gates[1].weight)  # type: ignore[arg-type, union-attr]
     x, h = torch.randn(3, 8, 2, 2), torch.randn(3, 32).relu()
-    decision, after = router.decide(1, x, h)
+    decision, after = router.decide(1, x, Memory(h))
     w1, w2, w3 = (m.weight for m in (router.features[1], router.previous["1"], router.gates[1]))
     state = F.relu(x.mean((2, 3)) @ w1.T) + F.relu(h @ w2.T)  # type: ignore[operator, union-attr]
     logits = (state @ w3.T + router.gates[1].bias).view(3, 2, 2)  # type: ignore[operator, union-attr]
-    assert torch.allclose(after, state, atol=1e-6)
+    assert after.h_BD is not None and torch.allclose(after.h_BD, state, atol=1e-6)
     assert torch.allclose(decision.notes["logits"], logits[..., 1] - logits[..., 0], atol=1e-5)
     assert torch.equal(decision.keep_BG, logits.argmax(2).float())
+
+
+def test_rate_and_decay_of_the_gates_are_the_phases() -> None:
+    options = DmnnOptions(gate_lr=0.3, gate_decay=0.02)
+    (phase,) = phases(make_net("dmnn", "paths"), options)
+    assert (phase.router_lr, phase.router_scale, phase.router_decay) == (None, 0.3, 0.02)
+    (usual,) = phases(make_net("dmnn", "paths"), DmnnOptions())
+    assert (usual.router_scale, usual.router_decay) == (1.0, 0.0)
 
 
 def test_without_the_previous_state_there_is_no_w2() -> None:
     router = GateRouter(SPECS, DmnnOptions(previous=False)).eval()
     assert len(router.previous) == 0
     x = torch.randn(3, 8, 2, 2)
-    one, two = (router.decide(1, x, state)[1] for state in (None, torch.randn(3, 32)))
+    one, two = (router.decide(1, x, Memory(state))[1].h_BD for state in (None, torch.randn(3, 32)))
     assert torch.equal(one, two)
 
 
@@ -233,9 +249,9 @@ def test_the_gate_of_convnet_aig_by_hand() -> None:
     x = torch.randn(5, 4, 3, 3)
     hidden = (x.mean((2, 3)) @ router.features[0].weight.T - norm.running_mean) / (1 + norm.eps) ** 0.5 + norm.bias  # type: ignore[operator, union-attr]
     logits = F.relu(hidden) @ router.gates[0].weight.T + router.gates[0].bias  # type: ignore[operator, union-attr]
-    decision, _ = router.decide(0, x, None)
+    decision, _ = router.decide(0, x, router.begin(x))
     assert torch.allclose(decision.notes["logits"][:, 0], logits[:, 1] - logits[:, 0], atol=1e-5)
-    assert router.macs() == 4 * 16 + 16 * 2 == count_macs(lambda: router.decide(0, x[:1], None))
+    assert router.macs() == 4 * 16 + 16 * 2 == count_macs(lambda: router.decide(0, x[:1], router.begin(x)))
 
 
 def test_the_resource_loss_of_convnet_aig_is_the_mean_miss_of_each_blocks_target() -> None:

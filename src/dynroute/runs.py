@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ from typing import Any
 import torch
 
 from dynroute import __version__, plugins
-from dynroute.assembly import build, fingerprint, inference_parameters, make_teacher, restore, trained_as
+from dynroute.assembly import build, dense_twin, fingerprint, inference_parameters, make_teacher, restore, trained_as
+from dynroute.bench import POOL, Plan, Point, bench
 from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import InputError
 from dynroute.controls import CONTROLS
-from dynroute.data import Dataset, known_spec, limited, load, loader
+from dynroute.data import Dataset, DataSpec, known_spec, limited, load, loader
 from dynroute.exhibits import write_images, write_names
 from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint
-from dynroute.measure import TOLERANCE, Dial, Scores, evaluate, latency, make_dial
+from dynroute.measure import TOLERANCE, Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import (
     EVAL_FILE,
     ROUTES_FILE,
+    BenchRow,
     EvalRow,
     merge_eval,
     read_budget,
@@ -52,6 +55,11 @@ def prepare(config: Config) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError(f"device {name!r} is not usable here; device=cpu always is") from None
     return device
+
+
+def on_device(config: Config, device: str | None) -> Config:
+    """The configuration with another device; None: as it is."""
+    return config if device is None else dataclasses.replace(config, top=dataclasses.replace(config.top, device=device))
 
 
 def train(config: Config, folder: Path, *, resume: bool = False, listener: Listener = lambda step: None) -> RoutedNet:
@@ -129,12 +137,16 @@ def _log(folder: Path) -> logging.Logger:
 
 @dataclass
 class Result:
-    """One evaluated setting: its row, the range of shares the dial reaches, whether the target was missed, and each image."""
+    """One evaluated setting: its row, the range of shares the dial reaches, whether the target was missed, and each image.
+
+    timed: rows of the time that was measured with it, if it was.
+    """
 
     row: EvalRow
     reachable: tuple[float, float] | None
     missed: bool
     scores: Scores
+    timed: list[BenchRow] = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -151,44 +163,64 @@ class Evaluator:
     dial: Dial
 
     @classmethod
-    def of(cls, folder: Path, checkpoint: str = "last") -> Evaluator:
-        """Open a run folder. checkpoint: last (the end of the schedule) or best (by accuracy on the calibration split)."""
+    def of(cls, folder: Path, checkpoint: str = "last", device: str | None = None) -> Evaluator:
+        """Open a run folder. checkpoint: last (the end of the schedule) or best (by accuracy on the calibration split).
+
+        device: instead of the configuration's.
+        """
         if not folder.is_dir():
-            raise InputError(f"{folder} is not a run folder{_nearest(folder)}")
+            raise InputError(f"{folder} is not a run folder{nearest(folder)}")
         path = folder / (BEST if checkpoint == "best" else LAST)
         net, config, content = restore(path)
-        device = prepare(config)
+        place = prepare(on_device(config, device))
         data = _data(config)
         stored = content["meta"]["data"]
         if (data.spec.classes, data.spec.image_size) != (stored["classes"], stored["image_size"]):
             raise InputError(
                 f"{config.data.name} has other classes or another image size now than {folder} was trained on"
             )
-        net = net.to(device).eval()
+        net = net.to(place).eval()
         few = limited(data.calibration, CALIBRATED_ON)
-        batches = list(loader(few, data.spec, 256, train=False, device=device, workers=config.data.workers))
+        batches = list(loader(few, data.spec, 256, train=False, device=place, workers=config.data.workers))
         dial = make_dial(net, batches)
         dial.seen.update(read_budget(folder, fingerprint(path)))
-        return cls(folder, net, config, data, device, checkpoint, len(content["rows"]), dial)
+        return cls(folder, net, config, data, place, checkpoint, len(content["rows"]), dial)
 
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the price for a target on the calibration split (None: the trained point), then measure the split.
 
         Writes the row into eval.csv, the per-image routes into routes.csv, and what `exhibits` leaves beside them.
         """
-        price, calibrated = (0.0, None) if target is None else self._fitted(target)
+        price, calibrated = (0.0, None) if target is None else self.fitted(target)
         self.net.router.price = price
         part, batches = self._split(split)
         scores = evaluate(self.net, batches)
         row = self._row(scores, split, target, price, calibrated)
+        rows: list[BenchRow] = []
         if timed:
-            time = latency(self.net, next(iter(batches)).images)
-            row.latency_ms_p50, row.speedup = time.p50, time.dense_p50 / time.p50
-            row.latency_batch, row.latency_threads, row.latency_device = time.batch, time.threads, time.device
+            plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
+            rows, _ = self.bench([Point(target, price)], plan, split)
+            row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
+            row.latency_batch, row.latency_threads, row.latency_device = (
+                rows[-1].batch,
+                rows[-1].threads,
+                rows[-1].device,
+            )
         merge_eval(self.folder / EVAL_FILE, row)
         self._write_routes(scores, part, split, target)
         missed = target is not None and abs(row.macs_share - target) > TOLERANCE
-        return Result(row, self.dial.span() if target is not None else None, missed, scores)
+        return Result(row, self.dial.span() if target is not None else None, missed, scores, rows)
+
+    def bench(self, points: Sequence[Point], plan: Plan, split: str = "test") -> tuple[list[BenchRow], list[str]]:
+        """Rows of `bench.bench` at points of this run, on images of a split, and remarks."""
+        part, _ = self._split(split)
+        images = max(POOL, 2 * plan.batch)
+        few = limited(part, images)
+        workers = self.config.data.workers
+        batch = next(iter(loader(few, self.data.spec, images, train=False, device=self.device, workers=workers)))
+        dense = dense_twin(self.config, self.data.spec).backbone.to(self.device)
+        labels = bench_labels(self.config, self.device) | {"run": self.folder.name}
+        return bench(self.net, dense, batch.images, points, plan, labels)
 
     def controls(self, result: Result) -> list[Result]:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
@@ -211,13 +243,7 @@ class Evaluator:
             made.append(Result(row, None, False, scores))
         return made
 
-    def _split(self, split: str) -> tuple[Any, Any]:
-        """A split and its batches."""
-        part = self.data.test if split == "test" else self.data.calibration
-        workers = self.config.data.workers
-        return part, loader(part, self.data.spec, 256, train=False, device=self.device, workers=workers)
-
-    def _fitted(self, target: float) -> tuple[float, float]:
+    def fitted(self, target: float) -> tuple[float, float]:
         """Price and calibrated share for a target; what was measured on the way is stored in budget.json."""
         before, found = len(self.dial.seen), self.dial.find(target)
         if len(self.dial.seen) > before:
@@ -225,6 +251,12 @@ class Evaluator:
             images = min(len(self.data.calibration), CALIBRATED_ON)
             write_budget(self.folder, fingerprint(path), self.dial.seen, images)
         return found
+
+    def _split(self, split: str) -> tuple[Any, Any]:
+        """A split and its batches."""
+        part = self.data.test if split == "test" else self.data.calibration
+        workers = self.config.data.workers
+        return part, loader(part, self.data.spec, 256, train=False, device=self.device, workers=workers)
 
     def _row(self, scores: Scores, split: str, target: float | None, price: float, calibrated: float | None) -> EvalRow:
         config, cost = self.config, self.net.cost
@@ -283,7 +315,8 @@ class Evaluator:
         write_images(self.folder, setting, scores, part, self.data.spec)
 
 
-def _nearest(folder: Path) -> str:
+def nearest(folder: Path) -> str:
+    """What follows "there is no such folder": the most similar name beside it, if there is one."""
     import difflib
 
     siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
@@ -298,18 +331,22 @@ def check(config: Config) -> RoutedNet:
 
 
 def inspect_path(source: Path) -> dict[str, Any]:
-    """`inspect` of a run folder, or of a YAML file, whose data is read only where its name does not tell enough.
-
-    The weights that a YAML file starts from are not read: they change no size and no cost.
-    """
+    """`inspect` of a run folder, or of a YAML file; the weights that it starts from are not read: they change no cost."""
     if source.is_dir():
         net, config, _ = restore(source / LAST)
         return inspect(config, net)
     if not source.exists():
-        raise InputError(f"{source} is neither a configuration nor a run folder{_nearest(source)}")
-    config = load_config(source)
+        raise InputError(f"{source} is neither a configuration nor a run folder{nearest(source)}")
+    config, net, _ = untrained(source)
+    return inspect(config, net)
+
+
+def untrained(source: Path, overrides: list[str] | None = None) -> tuple[Config, RoutedNet, DataSpec]:
+    """The net of a YAML file with random weights; its data is read only where its name does not tell enough."""
+    config = load_config(source, overrides)
     sized = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None, nets=[]))
-    return inspect(config, build(sized, known_spec(config.data) or _data(config).spec))
+    spec = known_spec(config.data) or _data(config).spec
+    return config, build(sized, spec), spec
 
 
 def _data(config: Config) -> Dataset:
@@ -346,6 +383,32 @@ def inspect(config: Config, net: RoutedNet) -> dict[str, Any]:
         "share_dearest": high,
         "units": units,
     }
+
+
+def bench_labels(config: Config, device: torch.device) -> dict[str, str]:
+    """The columns of a BenchRow that say what was timed where."""
+    return {
+        "run": config.name,
+        "method": config.router_name,
+        "backbone": config.backbone.name,
+        "dataset": config.data.name,
+        "affinity": affinity(),
+        "machine": machine(device),
+        "commit": commit(),
+        "config_hash": config.hash(),
+        "torch": torch.__version__,
+    }
+
+
+def affinity() -> str:
+    """The processors that this process may use, as 0-3,8."""
+    runs: list[list[int]] = []
+    for cpu in sorted(os.sched_getaffinity(0)):
+        if runs and cpu == runs[-1][-1] + 1:
+            runs[-1].append(cpu)
+        else:
+            runs.append([cpu])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def commit() -> str:

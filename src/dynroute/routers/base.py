@@ -27,12 +27,14 @@ class Router(nn.Module):
     price: the one budget dial: a charge per share of a unit's multiply-adds, subtracted from the score of whatever would
     run. 0 is the trained point. price_limits: where the dial's end stops lie (beyond them nothing changes any more).
     train_only: names of submodules that a deployed net does without. remarks: what the user is told when training starts.
+    pooled: decide() looks at nothing but the mean of a feature map over its pixels, so that it may be given (B, C, 1, 1).
     """
 
     price: float = 0.0
     price_limits: tuple[float, float] = (-1e4, 1e4)
     train_only: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    pooled: bool = False
 
     def __init__(self, specs: Sequence[UnitSpec]) -> None:
         super().__init__()
@@ -43,7 +45,10 @@ class Router(nn.Module):
         return None
 
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
-        """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit."""
+        """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit.
+
+        Every tensor of a state has the images as its first dimension, and none of them shares memory with x_BCHW.
+        """
         raise NotImplementedError("a router must write decide()")
 
     def macs(self) -> float:
@@ -72,8 +77,10 @@ class Phase:
     loss: its terms are summed and become columns of train.csv; those named note_... are only recorded.
     routes: keep_BUG for B images instead of the router's own decisions (dense: all ones); None asks the router.
     router_lr: Adam at this rate (and with this router_decay) for the router; None trains it by the backbone's SGD, at
-    router_scale times its rate and without weight decay. lr_scale: of optim.lr, for the backbone.
+    router_scale times its rate and with router_decay on its weights alone. lr_scale: of optim.lr, for the backbone.
     schedule: called before each minibatch with the part of the phase that is done, 0..1 (exploration, temperature).
+    passes: how often each minibatch is run, copy after copy in one forward pass, so that a loss may compare what one image
+    gets under several routes: `routes` is asked for passes x B of them and `loss` is given as many images.
     target: share of the parts that the loss asks for, mean over units; an epoch that ends far from it is remarked upon.
     """
 
@@ -87,6 +94,7 @@ class Phase:
     router_scale: float = 1.0
     lr_scale: float = 1.0
     schedule: Callable[[float], None] | None = None
+    passes: int = 1
     target: float | None = None
 
 

@@ -4,7 +4,8 @@ The controller of block l sees the pooled feature map and the controller state o
 Gumbel noise with a straight-through gradient, by the task loss, a category loss and a resource loss. Equation numbers
 are the paper's. ConvNet-AIG (Veit and Belongie, ECCV 2018), on which it builds, is the same router with one part a block,
 previous=false, category=false, hidden=16, norm=true, resource=aig and a target for each block.
-B images, U units, G = N sub-blocks, S superclasses, D hidden size.
+With a budget (ours) one net is trained for a range of targets: each image has its own, and its controllers are told it.
+B images, U units, G = N sub-blocks, S superclasses, D hidden size, K knots of the table of targets.
 """
 
 from __future__ import annotations
@@ -12,23 +13,33 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
-from dynroute.routers.base import Net, Phase, Router, State, cross_entropy, legal, ranged
+from dynroute.contracts import Batch, Decision, InputError, Output, Trace, UnitSpec
+from dynroute.routers.base import Net, Phase, Router, cross_entropy, legal, ranged
+from dynroute.routers.budget import KNOTS, Range, check_budget
+
+FEEDBACK = 0.05  # step of a budget's target per minibatch and per share missed (ours)
+SLACK = 0.2  # and how far from its budget the target may move
+GROUPS = 4  # of a minibatch's images by target, each held to its own mean: 32 of 128 images (ours)
+TARGET = 0.5
 
 
 @dataclass
 class DmnnOptions:
     """The `router` section for router.name=dmnn. "Ours" marks what the paper does not state."""
 
-    target: float = 0.5
+    target: float = TARGET
     """Target t = r: share of the dense net's multiply-adds, and of the sub-blocks of each block, that should run."""
     targets: list[float] = field(default_factory=list)
     """Share of the sub-blocks of each block that should run, in the order of the blocks (ConvNet-AIG); empty: target for all."""
+    budget: list[float] | None = None
+    """[low, high]: targets drawn from, image by image, and given to the controllers, so that one net serves every budget
+    between; what is asked for is corrected until eval mode spends it. Empty: the one target. Ours."""
     epochs: int = 10
     """Epochs of joint training."""
     hidden: int = 32
@@ -49,12 +60,17 @@ class DmnnOptions:
     """Probability with which a gate is open before training. Ours, as ConvNet-AIG."""
     gate_lr: float = 1.0
     """Learning rate of the controllers, times optim.lr. Ours."""
+    gate_decay: float = 0.0
+    """Weight decay of the controllers' weights; biases and BatchNorms have none. Ours."""
 
     def __post_init__(self) -> None:
         """Raise InputError on the first value out of range."""
         ranged("router.target", self.target, 0.01, 1.0)
         for target in self.targets:
             ranged("router.targets", target, 0.0, 1.0)
+        check_budget(self.budget)
+        if self.budget and (self.targets or self.target != TARGET):
+            raise InputError("router.budget excludes router.target and router.targets: it draws targets from its range")
         if self.resource not in ("dmnn", "aig"):
             raise InputError(f"router.resource must be dmnn or aig, not {self.resource!r}")
         ranged("router.epochs", self.epochs, 0, 100_000)
@@ -63,15 +79,28 @@ class DmnnOptions:
         ranged("router.temperature", self.temperature, 1e-3, 1e3)
         ranged("router.open_at_start", self.open_at_start, 0.01, 0.99)
         ranged("router.gate_lr", self.gate_lr, 0.0, 1e3)
+        ranged("router.gate_decay", self.gate_decay, 0.0, 10.0)
+
+
+class Memory(NamedTuple):
+    """The controllers' state. h_BD: of the block before, None at the first. With a budget: asked_B, the share asked of each
+    image, and told_B, the target that buys it."""
+
+    h_BD: Tensor | None = None
+    asked_B: Tensor | None = None
+    told_B: Tensor | None = None
 
 
 class GateRouter(Router):
     """One controller per unit: z = GAP(x), h_l = ReLU(W1 z) + ReLU(W2 h_{l-1}), logits u = W3 h_l + b (5)-(8).
 
-    A part runs when its open logit beats its closed one by more than price times its share of the unit's MACs.
+    A part runs when its open logit beats its closed one by more than price times its share of the unit's MACs. With a
+    budget z has one more entry, the image's target, and the price first moves what is asked within the range.
     """
 
     train_only = ("category",)
+    pooled = True
+    told_K: Tensor
 
     def __init__(self, specs: Sequence[UnitSpec], options: DmnnOptions, superclasses: int = 0) -> None:
         super().__init__(specs)
@@ -84,9 +113,12 @@ class GateRouter(Router):
                 f"router.targets must be as many as the net has blocks, {len(specs)}, not {len(options.targets)}"
             )
         self.options = options
-        size = options.hidden
+        self.range = Range(*options.budget) if options.budget else None
+        if self.range:
+            self.register_buffer("told_K", torch.linspace(*self.range, KNOTS))
+        size, self.told = options.hidden, 1 if self.range else 0
         later = range(1, len(specs)) if options.previous else ()
-        self.features = nn.ModuleList(nn.Linear(s.in_channels, size, bias=False) for s in specs)  # W1
+        self.features = nn.ModuleList(nn.Linear(s.in_channels + self.told, size, bias=False) for s in specs)  # W1
         self.norms = nn.ModuleList(nn.BatchNorm1d(size) for _ in specs) if options.norm else None
         self.previous = nn.ModuleDict({str(u): nn.Linear(size, size, bias=False) for u in later})  # W2
         self.gates = nn.ModuleList(nn.Linear(size, 2 * s.parts) for s in specs)  # W3, b
@@ -104,25 +136,60 @@ class GateRouter(Router):
         for u, share_G in enumerate(shares):
             self.register_buffer(f"share_{u}", share_G, persistent=False)
 
-    def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
-        """Gates of block u. Notes: logits_BG (open minus closed), and category_BS while training."""
-        v_BD = self.features[u](x_BCHW.mean((2, 3)))
+    def begin(self, x_BCHW: Tensor) -> Memory:
+        """Each image's budget, where there is a range of them: drawn in training, set by the dial in eval."""
+        if self.range is None:
+            return Memory()
+        dialled_B = torch.full((len(x_BCHW),), self._asked()[0], device=x_BCHW.device)
+        asked_B = self.range.draw(len(x_BCHW), x_BCHW.device) if self.training else dialled_B
+        return Memory(None, asked_B, self.range.read(self.told_K, asked_B))
+
+    def decide(self, u: int, x_BCHW: Tensor, state: Memory) -> tuple[Decision, Memory]:
+        """Gates of block u.
+
+        Notes: logits_BG (open minus closed); while training category_BS, and with a budget asked_B, told_B and greedy_BG,
+        the gates without noise.
+        """
+        z_BC = x_BCHW.mean((2, 3)).to(self.get_buffer(f"share_{u}").dtype)  # the net may run in a shorter type
+        if self.range is not None and state.told_B is not None:
+            told_B1 = self.range.place(state.told_B)[:, None] * 2 - 1
+            z_BC = torch.cat([z_BC, told_B1.to(z_BC.dtype)], 1)
+        v_BD = self.features[u](z_BC)
         h_BD = F.relu(v_BD if self.norms is None else self.norms[u](v_BD))
-        if state is not None and str(u) in self.previous:
-            h_BD = h_BD + F.relu(self.previous[str(u)](state))
+        if state.h_BD is not None and str(u) in self.previous:
+            h_BD = h_BD + F.relu(self.previous[str(u)](state.h_BD))
         closed_open_BG2 = self.gates[u](h_BD).float().unflatten(1, (-1, 2))
         logits_BG = closed_open_BG2[:, :, 1] - closed_open_BG2[:, :, 0]
-        logits_BG = logits_BG - self.price * self.get_buffer(f"share_{u}")
+        logits_BG = logits_BG - self._asked()[1] * self.get_buffer(f"share_{u}")
         notes = {"logits": logits_BG}
         if self.training and self.category is not None:
             notes["category"] = self.category[u](h_BD).float()
+        if self.training and state.asked_B is not None and state.told_B is not None:
+            greedy_BG = legal((logits_BG.detach() > 0).float(), self.specs[u])
+            notes |= {"asked": state.asked_B, "told": state.told_B, "greedy": greedy_BG}
         keep_BG = self._sample(logits_BG) if self.training else (logits_BG > 0).float()
-        return Decision(legal(keep_BG, self.specs[u]), notes), h_BD
+        return Decision(legal(keep_BG, self.specs[u]), notes), state._replace(h_BD=h_BD)
 
     def macs(self) -> float:
         """Linear layers of all controllers; the category classifiers do not run at test time."""
         d = self.options.hidden
-        return float(sum(s.in_channels * d + d * 2 * s.parts for s in self.specs) + len(self.previous) * d * d)
+        linear = sum((s.in_channels + self.told) * d + d * 2 * s.parts for s in self.specs)
+        return float(linear + len(self.previous) * d * d)
+
+    @torch.no_grad()
+    def correct_targets(self, asked_B: Tensor, share_B: Tensor, span: tuple[float, float]) -> None:
+        """Lower the targets of budgets that the gates without noise overspend, raise those of the others.
+
+        share_B: of those gates. span: shares of the cheapest and the dearest route.
+        """
+        assert self.range is not None
+        wanted_K = torch.linspace(*self.range, KNOTS, device=self.told_K.device)
+        self.told_K -= FEEDBACK * self.range.overspent(asked_B, share_B, span)
+        self.told_K.clamp_(wanted_K - SLACK, wanted_K + SLACK)
+
+    def _asked(self) -> tuple[float, float]:
+        """(budget asked for, price on top per share of a unit), as the dial stands; no budget is asked for without a range."""
+        return (0.0, self.price) if self.range is None else self.range.dial(self.price)
 
     def _sample(self, logits_BG: Tensor) -> Tensor:
         """Hard gates with the gradient of the soft ones (8).
@@ -136,25 +203,46 @@ class GateRouter(Router):
 
 def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
     """One phase: everything is trained together on L = L_cls + L_cat + lambda L_res (16)."""
-    specs = net.router.specs
+    router, specs, span = net.router, net.router.specs, net.span()
+    assert isinstance(router, GateRouter)
     weights_U = torch.tensor([category_weight(s) for s in specs])
     targets_U = torch.tensor(options.targets or [options.target] * len(specs))
     parts_U = torch.tensor([s.parts for s in specs])
 
-    def resource(out: Output) -> Tensor:
+    def resource(out: Output, target: float | Tensor, targets_U: Tensor) -> Tensor:
         if options.resource == "aig":
             return rate_loss(out, parts_U, targets_U).mean()
-        return resource_loss(out, parts_U, options.target, net.cost.dense, targets_U)
+        return resource_loss(out, parts_U, target, net.cost.dense, targets_U)
+
+    def asked_resource(out: Output) -> Tensor:
+        """The resource loss of each group of images with similar targets, at the group's mean target; their mean."""
+        told_B = out.trace.notes["told"][:, 0]
+        losses = []
+        for group in told_B.argsort().tensor_split(GROUPS):
+            target = told_B[group].mean()
+            part = Output(out.logits_BK, Trace(out.trace.keep_BUG[group], {}), out.macs_B[group])
+            losses.append(resource(part, target, target.expand(len(specs))))
+        return torch.stack(losses).mean()
 
     def loss(out: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = cross_entropy(out, batch)
-        terms["loss_resource"] = options.resource_weight * resource(out)
-        if "category" in out.trace.notes and batch.superclasses is not None:
+        terms, notes = cross_entropy(out, batch), out.trace.notes
+        if router.range is None:
+            terms["loss_resource"] = options.resource_weight * resource(out, options.target, targets_U)
+        else:
+            terms["loss_resource"] = options.resource_weight * asked_resource(out)
+            share_B = net.cost(notes["greedy"]) / net.cost.dense
+            router.correct_targets(notes["asked"][:, 0], share_B.float(), span)
+            terms |= {"note_target_low": router.told_K[0].clone(), "note_target_high": router.told_K[-1].clone()}
+        if "category" in notes and batch.superclasses is not None:
             terms["loss_category"] = category_loss(out, batch.superclasses, weights_U)
         return terms
 
-    asked = float(targets_U.mean())
-    yield Phase("joint", options.epochs, ("backbone", "router"), loss, router_scale=options.gate_lr, target=asked)
+    # price 0, the trained point, stands in the middle of the range
+    asked = sum(router.range) / 2 if router.range else float(targets_U.mean())
+    rate, decay = options.gate_lr, options.gate_decay
+    yield Phase(
+        "joint", options.epochs, ("backbone", "router"), loss, router_scale=rate, router_decay=decay, target=asked
+    )
 
 
 def executed(out: Output, parts_U: Tensor) -> Tensor:
@@ -169,12 +257,14 @@ def rate_loss(out: Output, parts_U: Tensor, targets_U: Tensor) -> Tensor:
     return (rate_U - targets_U.to(rate_U.device)).square()
 
 
-def resource_loss(out: Output, parts_U: Tensor, target: float, dense: float, targets_U: Tensor | None = None) -> Tensor:
+def resource_loss(
+    out: Output, parts_U: Tensor, target: float | Tensor, dense: float, targets_U: Tensor | None = None
+) -> Tensor:
     """L_res = sum_l (e_l - r)^2 + (F_act / F_full - t)^2, equations (11)-(15), with r = t or r_l of targets_U.
 
     F_act is the mean of the reported per-image MACs, stem, head and controllers included; F_full the dense net's.
     """
-    wanted_U = torch.full((len(parts_U),), target) if targets_U is None else targets_U
+    wanted_U = torch.full((len(parts_U),), float(target)) if targets_U is None else targets_U
     share = (out.macs_B.mean() / dense).float()
     return rate_loss(out, parts_U, wanted_U).sum() + (share - target).square()
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
 from dynroute.routers.base import Net, Phase, Router, classification_loss, cross_entropy, ranged, stacked
+from dynroute.routers.budget import KNOTS, Range, check_budget
 
 CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
     "rnn": nn.RNNCell,
@@ -36,7 +37,6 @@ CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
 }
 GATES_OF = {"rnn": 1, "gru": 3, "lstm": 4}
 ALPHA_FROM = 20  # minibatches over which an automatic alpha is measured: 2,560 losses, 2 % (ours)
-KNOTS = 9  # of the table from budget to charge (ours)
 FEEDBACK = 0.1  # step of log(charge) per minibatch and per share missed (ours)
 FIRST_CHARGES = (0.3, 0.01)  # where the table starts, at its cheapest and its dearest budget (ours)
 CHARGES = (1e-3, 1.0)  # and what it never leaves
@@ -133,9 +133,7 @@ class RnpOptions:
         c = self.charge
         if c is not None and (not 1 <= len(c) <= 2 or not all(0 <= x < 1e6 for x in c) or sorted(c) != c):
             raise InputError(f"router.charge must be [p] or [low, high], low <= high, none negative, not {c}")
-        b = self.budget
-        if b is not None and (len(b) != 2 or not 0 < b[0] < b[1] <= 1):
-            raise InputError(f"router.budget must be [low, high] with 0 < low < high <= 1, not {b}")
+        check_budget(self.budget)
 
 
 @dataclass
@@ -208,6 +206,7 @@ class QRouter(Router):
     """
 
     train_only = ("slow",)
+    pooled = True
     epsilon: float = 0.1
     log_charge_K: Tensor
     loss_mean: Tensor
@@ -218,8 +217,8 @@ class QRouter(Router):
         if any(s.form == "free" for s in specs):
             raise InputError("the Q-agent needs nested or alternative parts: set backbone.unit=channels (or auto)")
         self.options = options
-        self.low, self.high = _ends(options)
-        self.conditioned = self.high > self.low
+        self.range = _range(options)
+        self.conditioned = self.range.high > self.range.low
         self.told = 2 if self.conditioned else 0
         self.actions = max(s.parts for s in specs)
         # standardised per channel, so that an encoder need not learn the scale of its feature map
@@ -240,7 +239,7 @@ class QRouter(Router):
         images, device = len(x_BCHW), x_BCHW.device
         zero_BD = x_BCHW.new_zeros(images, self.options.hidden, dtype=torch.float32)
         if self.training and self.conditioned:
-            asked_B = self.low + (self.high - self.low) * torch.rand(images, device=device)
+            asked_B = self.range.draw(images, device)
         else:
             asked_B = torch.full((images,), self._asked()[0], device=device)
         hidden = ((zero_BD, zero_BD),) * (1 if self.slow is None else 2)
@@ -311,44 +310,26 @@ class QRouter(Router):
     def correct_charges(self, asked_B: Tensor, share_B: Tensor, span: tuple[float, float]) -> None:
         """Raise the charge of budgets that were overspent, lower that of the others; less while the agent explores.
 
-        share_B: of the best actions. span: shares of the cheapest and the dearest route; an image that stands there already
-        says nothing (else a budget out of reach would drive its charge without end).
+        share_B: of the best actions. span: shares of the cheapest and the dearest route.
         """
-        place_B = (asked_B - self.low) / (self.high - self.low) * (KNOTS - 1)
-        near_BK = (1 - (place_B[:, None] - torch.arange(KNOTS, device=place_B.device)).abs()).clamp(min=0)
-        missed_B = share_B - asked_B
-        stuck_B = ((missed_B > 0) & (share_B <= span[0] + 1e-4)) | ((missed_B < 0) & (share_B >= span[1] - 1e-4))
-        missed_K = (near_BK * missed_B.masked_fill(stuck_B, 0.0)[:, None]).sum(0) / near_BK.sum(0).clamp(min=1)
         low, high = (math.log(charge) for charge in CHARGES)
-        self.log_charge_K += FEEDBACK * (1 - self.epsilon) * missed_K
+        self.log_charge_K += FEEDBACK * (1 - self.epsilon) * self.range.overspent(asked_B, share_B, span)
         self.log_charge_K.clamp_(low, high)
 
     def _asked(self) -> tuple[float, float]:
-        """(budget or charge given to the agent, charge on top per share): the dial moves the first within its range, then
-
-        the second. At price 0 a conditioned agent stands in the middle of its range; a budget falls as the price rises.
-        """
+        """(budget or charge given to the agent, charge on top per share), as the dial stands."""
         if not self.conditioned:
-            return self.low, self.price
-        sign = -1 if self.options.budget else 1
-        wanted = (self.low + self.high) / 2 + sign * self.price
-        inside = min(max(wanted, self.low), self.high)
-        return inside, sign * (wanted - inside)
+            return self.range.low, self.price
+        return self.range.dial(self.price, falls=self.options.budget is not None)
 
     def _charge(self, asked_B: Tensor) -> Tensor:
         """The charge of each image: as drawn, or what its budget costs by the table (linear in log charge)."""
-        if not self.options.budget:
-            return asked_B
-        place_B = (asked_B - self.low) / (self.high - self.low) * (KNOTS - 1)
-        left_B = place_B.floor().clamp(0, KNOTS - 2).long()
-        return torch.lerp(self.log_charge_K[left_B], self.log_charge_K[left_B + 1], place_B - left_B).exp()
+        return self.range.read(self.log_charge_K, asked_B).exp() if self.options.budget else asked_B
 
     def _told(self, state: Memory) -> Tensor:
         """(B, 2): the charge (by its logarithm where a budget finds it), and the share that the unit before has run."""
-        if self.options.budget:
-            told_B = state.charge_B.log10() + 1
-        else:
-            told_B = (state.charge_B - self.low) / (self.high - self.low) * 2 - 1
+        charge_B = state.charge_B
+        told_B = charge_B.log10() + 1 if self.options.budget else self.range.place(charge_B) * 2 - 1
         return torch.stack([told_B, state.ran_B], 1)
 
     def _padded(self, q_BA: Tensor) -> Tensor:
@@ -356,11 +337,11 @@ class QRouter(Router):
         return F.pad(q_BA, (0, self.actions - q_BA.shape[1]), value=-torch.inf)
 
 
-def _ends(options: RnpOptions) -> tuple[float, float]:
-    """The range of what is asked: of budgets, or of charges (equal where there is one charge)."""
+def _range(options: RnpOptions) -> Range:
+    """The range of what is asked: of budgets, or of charges (equal ends where there is one charge)."""
     asked = options.budget or options.charge
     assert asked is not None
-    return asked[0], asked[-1]
+    return Range(asked[0], asked[-1])
 
 
 def action_keeps(spec: UnitSpec) -> Tensor:

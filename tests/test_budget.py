@@ -1,0 +1,140 @@
+"""A range of budgets in one training: its table by hand, gates that are told their target, and both routers that use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynroute.contracts import Batch, InputError
+from dynroute.net import RoutedNet
+from dynroute.routers import ROUTERS
+from dynroute.routers.budget import KNOTS, Range, check_budget
+from dynroute.routers.gates import SLACK, DmnnOptions, GateRouter, phases
+from dynroute.testing import check_router
+from tiny import make_backbone, pictures
+
+BUDGET = [0.3, 0.9]
+
+
+def gated(**options: Any) -> RoutedNet:
+    torch.manual_seed(0)
+    backbone = make_backbone(unit="paths")
+    return RoutedNet(backbone, GateRouter(backbone.specs, DmnnOptions(budget=BUDGET, **options)))
+
+
+def batch(images: int) -> Batch:
+    return Batch(pictures(images), torch.arange(images) % 10, None, torch.arange(images))
+
+
+# --- the range --------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_read_between_its_knots() -> None:
+    table = torch.arange(KNOTS).float() ** 2
+    asked = torch.tensor([0.2, 0.8, 0.2 + 0.6 * 2.5 / (KNOTS - 1)])
+    assert Range(0.2, 0.8).read(table, asked).tolist() == pytest.approx([0.0, (KNOTS - 1) ** 2, 6.5])
+
+
+def test_what_is_overspent_is_counted_at_the_nearest_knots() -> None:
+    asked = torch.tensor([0.2, 0.8, 0.8, 0.8])
+    spent = torch.tensor([0.3, 0.7, 0.9, 1.0])
+    missed = Range(0.2, 0.8).overspent(asked, spent, (0.1, 1.0))
+    assert missed.tolist() == pytest.approx([0.1, *[0.0] * (KNOTS - 2), 0.2 / 3])
+
+
+def test_an_image_at_an_end_stop_says_nothing() -> None:
+    asked, spent = torch.tensor([0.2, 0.8]), torch.tensor([0.3, 0.7])
+    assert not Range(0.2, 0.8).overspent(asked, spent, (0.3, 0.7)).any()
+    assert Range(0.2, 0.8).overspent(spent, asked, (0.2, 0.8)).any()  # on the way back they do
+
+
+@pytest.mark.parametrize(
+    ("price", "budget", "charge"),
+    [(0.0, (0.6, 0.0), (0.6, 0.0)), (0.1, (0.5, 0.0), (0.7, 0.0)), (0.5, (0.3, 0.2), (0.9, 0.2)), (-9, (0.9, -8.7), (0.3, -8.7))],
+)  # fmt: skip
+def test_the_dial_moves_within_the_range_and_charges_beyond(price: float, budget: Any, charge: Any) -> None:
+    assert Range(0.3, 0.9).dial(price) == pytest.approx(budget)
+    assert Range(0.3, 0.9).dial(price, falls=False) == pytest.approx(charge)
+
+
+@pytest.mark.parametrize("budget", [[], [0.5], [0.5, 0.5], [0.0, 0.5], [0.5, 1.1], [0.2, 0.4, 0.6]])
+def test_a_budget_is_two_shares(budget: list[float]) -> None:
+    for options in (DmnnOptions, ROUTERS["rnp"].options, ROUTERS["rnr"].options):
+        with pytest.raises(InputError, match="budget must be"):
+            options(budget=budget)
+    check_budget(None)
+
+
+# --- gates ------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_excludes_targets() -> None:
+    for other in ({"target": 0.4}, {"targets": [0.5] * 3}):
+        with pytest.raises(InputError, match="excludes"):
+            DmnnOptions(budget=BUDGET, **other)  # type: ignore[arg-type]
+
+
+def test_told_gates_keep_the_contract() -> None:
+    router = gated().router
+    with torch.no_grad():
+        for gate in router.gates:  # type: ignore[union-attr]
+            gate.weight.normal_()  # type: ignore[union-attr, operator]
+    check_router(router)
+    plain = GateRouter(router.specs, DmnnOptions())
+    assert router.macs() == plain.macs() + 32 * len(router.specs)
+
+
+def test_training_asks_every_image_for_its_own_share_and_eval_for_the_dials() -> None:
+    net = gated()
+    notes = net(pictures(64)).trace.notes
+    asked_B = notes["asked"][:, 0]
+    assert float(asked_B.min()) >= 0.3 and float(asked_B.max()) <= 0.9 and len(asked_B.unique()) == 64
+    assert torch.equal(notes["asked"], asked_B[:, None].expand(-1, 3))
+    router = net.eval().router
+    for price, asked in ((0.0, 0.6), (0.2, 0.4), (5.0, 0.3), (-5.0, 0.9)):
+        router.price = price
+        memory = router.begin(pictures(2))
+        assert memory.asked_B.tolist() == pytest.approx([asked] * 2)
+        assert memory.told_B.tolist() == pytest.approx([asked] * 2)
+
+
+def test_the_target_reaches_the_gates() -> None:
+    router = gated().eval().router
+    x = torch.randn(2, router.specs[0].in_channels, 4, 4)
+    with torch.no_grad():
+        for gate in router.gates:  # type: ignore[union-attr]
+            gate.weight.normal_()  # type: ignore[union-attr, operator]
+    seen: list[Tensor] = []
+    for price in (-0.3, 0.3):
+        router.price = price
+        seen.append(router.decide(0, x, router.begin(x))[0].notes["logits"])
+    assert not torch.allclose(*seen)
+
+
+def test_the_resource_loss_holds_each_group_to_its_own_mean_target() -> None:
+    net = gated(resource_weight=1.0)
+    loss = next(phases(net, net.router.options)).loss  # type: ignore[arg-type]
+    out = net(pictures(64))
+    told_B, keep_BUG = out.trace.notes["told"][:, 0], out.trace.keep_BUG.detach()
+    by_hand = 0.0
+    for group in told_B.argsort().chunk(4):
+        target = float(told_B[group].mean())
+        by_hand += float((keep_BUG[group].mean((0, 2)) - target).square().sum()) / 4
+        by_hand += (float(out.macs_B[group].detach().mean()) / net.cost.dense - target) ** 2 / 4
+    assert loss(out, batch(64))["loss_resource"].item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_targets_fall_where_the_gates_overspend_and_never_run_away() -> None:
+    net = gated()  # open at first: every budget is overspent
+    phase, start = next(phases(net, net.router.options)), net.router.told_K.clone()  # type: ignore[arg-type, operator]
+    assert phase.target == pytest.approx(0.6)
+    out = net(pictures(64))
+    terms = phase.loss(out, batch(64))
+    assert bool((net.router.told_K < start).all())  # type: ignore[operator]
+    assert float(terms["note_target_low"]) == float(net.router.told_K[0])  # type: ignore[index]
+    for _ in range(400):
+        phase.loss(out, batch(64))
+    assert torch.allclose(net.router.told_K, start - SLACK)  # type: ignore[arg-type]
