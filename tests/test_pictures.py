@@ -15,8 +15,7 @@ from PIL import Image
 
 from dynroute.records import write_rows
 from dynroute.report import compare, read
-from dynroute.report.pictures import NAMES, accuracy, costs, images, routes, style, times, training
-from dynroute.report.read import LeftOut
+from dynroute.report.pictures import NAMES, accuracy, costs, images, routes, style, training
 from test_report import STATIC, row, save
 from test_routes import make_run, routed
 
@@ -131,7 +130,7 @@ def test_images_are_listed_with_their_cost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "reason"),
-    [("images.csv", "no images"), ("train.csv", "no training curve"), ("bench.csv", "no latency")],
+    [("images.csv", "no images"), ("train.csv", "no training curve"), ("bench.csv", "no times")],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path: Path, file: str, reason: str) -> None:
     folder = full_run(tmp_path / "runs")
@@ -149,22 +148,17 @@ def test_training_curves_know_their_phases(tmp_path: Path) -> None:
     assert len(training.read_curves("none", tmp_path, [])) == 0
 
 
-def test_times_of_bench_go_before_those_of_eval(tmp_path: Path) -> None:
-    folder = full_run(tmp_path)
-    rows = read([folder])[0]
-    (own,) = times.time_points(rows, []).to_dict("records")
-    assert (own["latency_ms_p50"], own["source"], own["batch"], own["threads"]) == (2.0, "eval.csv", "1", "2")
-    settings = [("skipping", "", "router", 1.25), ("skipping", "0.5", "router", 1.5), ("dense", "", "", 4.0)]
-    settings += [("skipping", "0.5", "uniform", 9.0)]
-    write_rows(
-        folder / "bench.csv",
-        [
-            {"mode": m, "flops_target": t, "routes": r, "batch": 8, "threads": 1, "latency_ms_p50": ms, "speedup": 2}
-            for m, t, r, ms in settings
-        ],
-    )
-    (timed,) = times.time_points(rows, []).to_dict("records")
-    assert (timed["latency_ms_p50"], timed["source"], timed["batch"], timed["top1"]) == (1.5, "bench.csv", "8", 0.75)
+def test_times_stand_by_their_clock(tmp_path: Path) -> None:
+    folder = full_run(tmp_path, machine="box")
+    (own,) = accuracy.time_points(read([folder])[0]).to_dict("records")
+    assert (own["latency_ms"], own["batch"], own["threads"], own["machine"]) == (2.0, 1, 2, "box")
+    bench = {"mode": "skipping", "flops_target": "0.5", "batch": 8, "threads": 1, "device": "cpu", "machine": "box"}
+    write_rows(folder / "bench.csv", [{**bench, "latency_ms_p50": 1.5, "speedup": 2, "macs_share": 0.45}])
+    times = accuracy.time_points(read([folder])[0])
+    assert list(times["batch"]) == [1, 8] and list(times["latency_ms"]) == [2.0, 1.5]
+    assert list(times["top1"]) == [0.75, 0.75] and set(times["series"]) == {"dmnn"}
+    compare([folder], tmp_path / "out")
+    assert [x["latency_ms"] for x in lines_of(tmp_path / "out", "accuracy_latency")] == ["2.0", "1.5"]
 
 
 def test_reported_points_stand_by_the_same_backbone_and_dataset(tmp_path: Path) -> None:
@@ -198,7 +192,9 @@ def test_the_caption_says_how_many_runs_are_not_drawn(tmp_path: Path) -> None:
 
     rows, left_out = read(folders)
     (tmp_path / "out").mkdir()
-    drawn = pictures.write_all(tables.build(rows), rows, load(rows, left_out), left_out, tmp_path / "out")
+    drawn = pictures.write_all(
+        tables.build(rows, left_out).main, rows, load(rows, left_out), left_out, tmp_path / "out"
+    )
     captions = {picture.name: picture.caption for picture in drawn}
     assert "2 more runs are not drawn." in captions["cost_by_class"]
     assert "not drawn" not in captions["accuracy_flops"]
@@ -235,14 +231,13 @@ def test_a_collapsed_run_is_told_of_but_not_mapped(tmp_path: Path) -> None:
     text = (folder / "routes.csv").read_text()
     (folder / "routes.csv").write_text(re.sub(r"1/[01]/[01]0", "1/0/00", text))
     comparison = compare([folder], tmp_path / "out")
-    assert comparison.reports[0].routes == 1 and comparison.reports[0].entropy_max_bits == 0
+    assert comparison.routes[0].routes == 1 and comparison.routes[0].entropy_max_bits == 0
     drawn = {path.stem for path in comparison.files if path.suffix == ".svg"}
     assert drawn == {"accuracy_flops", "flops_histogram"}
 
 
 def test_no_data_no_picture(tmp_path: Path) -> None:
-    left_out: list[LeftOut] = []
     (folder,) = save(tmp_path, row(0.5, 0.9))
-    assert len(times.time_points(read([folder])[0], left_out)) == 0 and left_out == []
+    assert len(accuracy.time_points(read([folder])[0])) == 0
     files = compare([folder], tmp_path / "out").files
     assert {path.stem for path in files if path.suffix == ".png"} == {"accuracy_flops"}

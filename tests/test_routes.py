@@ -105,9 +105,7 @@ def compared(tmp_path: Path, *folders: Path) -> Comparison:
 def test_the_report_is_written_as_table_and_text(tmp_path: Path) -> None:
     static = make_run(tmp_path, "s", method="static")
     comparison = compared(tmp_path, make_run(tmp_path), static)
-    assert [(r.run, r.method) for r in comparison.reports] == [("dmnn", "dmnn")], (
-        "a static net has no routes to tell of"
-    )
+    assert [(r.run, r.method) for r in comparison.routes] == [("dmnn", "dmnn")], "a static net has no routes to tell of"
     (line,) = csv.DictReader((tmp_path / "out" / "routes_report.csv").open())
     assert list(line) == list(RouteReport.__dataclass_fields__)
     assert line["entropy_bits"].split()[:2] == ["0", "1"]
@@ -138,7 +136,7 @@ def test_routes_that_cannot_be_read_are_named(tmp_path: Path, old: str, new: str
     text = (folder / "routes.csv").read_text()
     (folder / "routes.csv").write_text(text[: -len(old)] + new if old.endswith("\n") else text.replace(old, new))
     comparison = compared(tmp_path, folder)
-    assert comparison.reports == [] and len(comparison.table) == 1
+    assert comparison.routes == [] and len(comparison.table) == 1
     (said,) = (item for item in comparison.left_out if "routes" in str(item.path))
     assert reason in said.reason
     assert not (tmp_path / "out" / "routes_report.csv").exists()

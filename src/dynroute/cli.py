@@ -223,7 +223,8 @@ def compare(
     if len(comparison.table):
         console.print(report.to_rich(comparison.table))
     if len(comparison.controls):
-        console.print(report.rich_table(report.control_cells(comparison.controls), "Routed rows beside their controls"))
+        common, lines = report.without_common(report.control_cells(comparison.controls))
+        console.print(report.rich_table(lines, f"Routed rows beside their controls: {common}"))
     for table in comparison.papers:
         console.print(report.papers.to_rich(table))
         for line in report.papers.missing(table):

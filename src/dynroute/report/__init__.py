@@ -14,7 +14,7 @@ from dynroute.report.papers import PaperTable, expand, paper_table, paper_tables
 from dynroute.report.pictures import Picture
 from dynroute.report.read import CONTROLS_FILE, PAPERS_FILE, TABLE_FILE, LeftOut, read
 from dynroute.report.routes import RouteReport
-from dynroute.report.tables import Tables, control_cells, rich_table, to_markdown, to_rich
+from dynroute.report.tables import Tables, control_cells, rich_table, to_markdown, to_rich, without_common
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +30,7 @@ __all__ = [
     "rich_table",
     "to_markdown",
     "to_rich",
+    "without_common",
 ]
 
 
@@ -66,7 +67,7 @@ def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Com
     reported = paper_table(names, made.main)
     files += _write_papers(reported, out) if reported else []
     told = routes.cells(reports)
-    html = page.render(made, left_out, "", reported, pictures=drawn, route_table=told, route_notes=routes.NOTES)
+    html = page.render(made, left_out, reported, pictures=drawn, route_table=told, route_notes=routes.NOTES)
     write_text(out / "index.html", html)
     return Comparison(made.main, made.lines, left_out, [*files, out / "index.html"], reported, reports)
 

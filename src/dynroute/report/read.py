@@ -18,7 +18,9 @@ Row = dict[str, Any]
 CONFIG_FILE = "config.yaml"
 TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE = "table.csv", "controls.csv", "times.csv", "papers.csv"
 REPORT_FILE = "routes_report.csv"
-OWN_FILES = frozenset({TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE, REPORT_FILE})  # --out may be a results folder
+OWN_FILES = frozenset(
+    {TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE, REPORT_FILE}
+)  # --out may be a results folder
 RUN_FILES = frozenset({TRAIN_FILE, ROUTES_FILE, BENCH_FILE})
 NEEDED = ("top1", "macs_share")
 BESIDE = ("parts", "variant", "trained_for", "routes_file", "folder", "timed", "times")  # from files beside the rows

@@ -55,7 +55,7 @@ def _all(
     curves = [found for name, folder in _folders(rows) if len(found := training.read_curves(name, folder, left_out))]
     return [
         accuracy.accuracy_flops(table, out),
-        accuracy.accuracy_latency(rows, left_out, out),
+        accuracy.accuracy_latency(rows, out),
         _limited(costs.flops_histogram, runs, out),
         _limited(costs.cost_by_class, one, out),
         _limited(routes.execution_rates, heat, out),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from dynroute.report import papers, recipes
 from dynroute.report.pictures.style import SHARE_AXIS, Look, Picture, finish, looks, panels, series_name, shortened
-from dynroute.report.pictures.times import CLOCK, TIME_COLUMNS, time_points
-from dynroute.report.read import LeftOut, Row
-from dynroute.report.tables import PLACE, STATIC, chord
+from dynroute.report.read import Row
+from dynroute.report.tables import PLACE, STATIC, chord, pool
+from dynroute.report.timing import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,17 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FLOPS_COLUMNS = [*PLACE, "series", "flops_target", "share", "share_p5", "share_p95", "top1", "top1_std", "n_seeds"]
+CLOCK = list(Clock._fields)
+TIME_COLUMNS = [*PLACE, *CLOCK, "series", "flops_target", "latency_ms", "speedup", "top1", "n_seeds"]
+MOST_CLOCKS = 8  # panels of accuracy against latency
 REPORTED = ", reported"
 FLOPS_WORDS = (
     "Accuracy against FLOPs (multiply-adds)",
     "Upright bars: standard deviation over seeds. Thin level bars: what the images from the 5th to the 95th percentile of cost "
-    "take. Dashed: straight lines between static nets.",
+    "take. Dashed: straight lines between the static nets that no cheaper one matches.",
 )
 PAPER_WORDS = " Hollow: as reported in the papers for the same backbone and dataset, not run here."
 TIME_WORDS = (
     "Accuracy against latency",
-    "Median milliseconds an image, skipping really done, on the machine, batch size and threads over each panel; "
-    "rows of bench.csv where there are some, else of eval --latency. Dashed: straight lines between static nets.",
+    "Median milliseconds an image, each net in its fastest form, on the machine, batch size and threads over each panel. "
+    "Dashed: straight lines between static nets.",
 )
 
 
@@ -84,12 +87,34 @@ def accuracy_flops(table: pd.DataFrame, out: Path) -> Picture:
     return _picture(data, FLOPS_COLUMNS, PLACE, _flops_panel, "accuracy_flops", words, out)
 
 
-def accuracy_latency(rows: Sequence[Row], left_out: list[LeftOut], out: Path) -> Picture | None:
-    """As Fig. 4, over milliseconds; a panel for each way of timing. None where nothing was timed."""
-    data = time_points(rows, left_out)
+def time_points(rows: Sequence[Row]) -> pd.DataFrame:
+    """The numbers behind accuracy against latency: a row for each setting and clock, means over seeds. No controls."""
+    import pandas as pd
+
+    timed: list[Row] = []
+    pooled = pool(list(rows)).to_dict("records") if any(row["times"] for row in rows) else []
+    for row in pooled:
+        if row["control"] == "":
+            own = {str(k): row[k] for k in (*PLACE, "method", "flops_target", "top1", "n_seeds")}
+            own["series"] = series_name(row["method"], row["label"])
+            times = row["times"].items()
+            timed += [
+                {**own, **clock._asdict(), "latency_ms": took.ms, "speedup": took.speedup} for clock, took in times
+            ]
+    table = pd.DataFrame(timed, columns=[*TIME_COLUMNS, "method"])
+    return table.sort_values([*PLACE, *CLOCK], kind="stable", ignore_index=True)
+
+
+def accuracy_latency(rows: Sequence[Row], out: Path) -> Picture | None:
+    """As Fig. 4, over milliseconds; a panel for each way of timing, the first eight. None where nothing was timed."""
+    data = time_points(rows)
+    clocks = data[[*PLACE, *CLOCK]].drop_duplicates()
     if len(data) == 0:
         return None
-    return _picture(data, TIME_COLUMNS, [*PLACE, *CLOCK], _time_panel, "accuracy_latency", TIME_WORDS, out)
+    shown = data.merge(clocks.iloc[:MOST_CLOCKS])
+    rest = len(clocks) - MOST_CLOCKS
+    words = (TIME_WORDS[0], TIME_WORDS[1] + (f" {rest} more ways of timing are not drawn." if rest > 0 else ""))
+    return _picture(shown, TIME_COLUMNS, [*PLACE, *CLOCK], _time_panel, "accuracy_latency", words, out)
 
 
 def _picture(
@@ -123,7 +148,7 @@ def _title(by: list[str], place: Any) -> str:
     title = ", ".join(str(told[k]) for k in PLACE)
     if "batch" not in told:
         return title
-    threads = f"{told['threads']} thread" + ("s" if told["threads"] != "1" else "")
+    threads = f"{told['threads']} thread" + ("s" if told["threads"] > 1 else "")
     kind = "" if told["dtype"] == "fp32" else f", {told['dtype']}"
     machine = re.sub(r", \d+ threads$", "", told["machine"]) or told["device"]
     return f"{title}\nbatch {told['batch']}, {threads}{kind}\n{shortened([machine], 44)[0]}"
@@ -180,11 +205,11 @@ def _flops_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
 
 def _time_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
     ax.set_xlabel("latency, ms an image (median)")
-    static = part[part["method"] == STATIC].sort_values("latency_ms_p50")
-    _chord(ax, list(static["latency_ms_p50"] / 100), list(static["top1"]))
+    static = part[part["method"] == STATIC].sort_values("latency_ms")
+    _chord(ax, list(static["latency_ms"] / 100), list(static["top1"]))
     for series, rows in part.groupby("series"):
-        name, rows = str(series), rows.sort_values("latency_ms_p50")
-        ax.plot(rows["latency_ms_p50"], 100 * rows["top1"], **_edges(styles[name], name), **styles[name].options())
+        name, rows = str(series), rows.sort_values("latency_ms")
+        ax.plot(rows["latency_ms"], 100 * rows["top1"], **_edges(styles[name], name), **styles[name].options())
 
 
 def _chord(ax: Axes, x: list[float], y: list[float]) -> None:
