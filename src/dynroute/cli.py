@@ -548,7 +548,8 @@ def print_results(results: list[Any]) -> None:
             str(row.routes),
             str(row.n),
         ]
-        table.add_row(*cells, *([f"{row.latency_ms_p50:.2f}", f"{row.speedup:.2f}x"] if timed else []))
+        clocked = row.latency_ms_p50 is not None  # controls are not
+        table.add_row(*cells, *([f"{row.latency_ms_p50:.2f}", f"{row.speedup:.2f}x"] if clocked else []))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

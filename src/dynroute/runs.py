@@ -23,6 +23,7 @@ from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import Batch, InputError, Setting
 from dynroute.controls import CONTROLS
 from dynroute.data import Dataset, DataSpec, known_spec, limited, load, loader
+from dynroute.exhibits import write_images, write_names
 from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint
 from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet
@@ -198,7 +199,7 @@ class Evaluator:
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the dial for a target by the calibration split (None: the trained point), then measure the split.
 
-        Writes the row into eval.csv and the per-image routes into routes.csv.
+        Writes the row into eval.csv, the per-image routes into routes.csv, and what `exhibits` leaves beside them.
         """
         fit = None if target is None else self.fitted(target)
         setting = self.net.router.setting = fit.setting if fit else Setting()
@@ -337,6 +338,8 @@ class Evaluator:
                 columns[name.removesuffix("es")] = getattr(part, name)[scores.index_N].tolist()
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         write_rows(path, [*kept, *(setting | row for row in rows)])
+        write_names(self.folder, self.data.spec, self.net.backbone.specs)
+        write_images(self.folder, setting, scores, part, self.data.spec)
 
 
 def latency_share(folder: Path, ms: float, device: torch.device) -> float:
