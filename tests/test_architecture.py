@@ -17,6 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROOMS = [
     "contracts",
     "records",
+    "calibration",
     "data",
     "cost",
     "units",
@@ -42,7 +43,7 @@ ROOMS = [
     "__main__",
 ]
 ONLY_IN = {"typer": {"cli"}, "omegaconf": {"config"}}
-WITHOUT_TORCH = {"cli", "report", "records", "contracts", "__main__"}
+WITHOUT_TORCH = {"cli", "report", "records", "calibration", "contracts", "__main__"}
 
 
 def named(path: Path) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from conftest import TINY
 from dynroute.backbones import BackboneOptions, Cascade, CifarResNet, make_backbone
+from dynroute.calibration import EXACT
 from dynroute.cli import main
 from dynroute.contracts import Batch, InputError, spread
 from dynroute.data import DataSpec
@@ -150,13 +151,13 @@ def test_the_threshold_is_a_probability_at_the_trained_point() -> None:
 def test_the_dial_is_monotone_and_its_ends_are_both_nets_and_the_first_alone() -> None:
     net = make_net("cascade", "cascade")
     x = pictures(50)
-    dial = make_dial(net, [Batch(x, torch.zeros(50).long(), None, torch.arange(50))])
+    dial = make_dial(net, 50, lambda: [Batch(x, torch.zeros(50).long(), None, torch.arange(50))])
     low, high = (share / net.cost.dense for share in (net.cost.part_UG[0].sum(), net.cost.part_UG.sum()))
     assert dial.span() == pytest.approx((float(low), float(high)))
     for share in (0.2, 0.5, 0.8):
         wanted = float(low + share * (high - low))
-        assert abs(dial.find(wanted)[1] - wanted) <= float(high - low) / 50 + 1e-9
-    shares = [share for _, share in sorted(dial.seen.items())]
+        assert dial.find(wanted).share == pytest.approx(wanted, abs=EXACT)
+    shares = [point.share for point in sorted(dial.calibration.points.values())]
     assert shares == sorted(shares, reverse=True) and len(set(shares)) > 4
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynroute.contracts import Batch, Output, Trace
+from dynroute.calibration import CLOSE, EXACT, Fit
+from dynroute.contracts import Batch, Output, Setting, Trace
 from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.skipping import FastNet
 from dynroute.testing import random_routes
@@ -24,9 +25,9 @@ def dial(share: Callable[[float], float], limits: tuple[float, float] = (-1e4, 1
     """A dial and the prices it measures."""
     asked: list[float] = []
 
-    def measured(price: float) -> float:
+    def measured(price: float) -> tuple[float, float]:
         asked.append(price)
-        return share(price)
+        return share(price), 0.1
 
     return Dial(measured, limits), asked
 
@@ -35,13 +36,20 @@ def smooth(price: float) -> float:
     return 0.2 + 0.8 / (1 + math.exp(min(5 * price, 700)))
 
 
+def expected(share: Callable[[float], float], fit: Fit) -> float:
+    """What a setting costs in the mean."""
+    setting = fit.setting
+    return (1 - setting.part) * share(setting.price) + setting.part * (share(setting.other) if setting.part else 0.0)
+
+
 @pytest.mark.parametrize("target", [0.25, 0.5, 0.6, 0.9, 0.99])
 def test_a_smooth_dial_meets_its_target(target: float) -> None:
     finder, asked = dial(smooth)
-    price, share = finder.find(target)
-    assert share == smooth(price)
-    assert abs(share - target) <= 0.002
+    fit = finder.find(target)
+    assert fit.share == pytest.approx(expected(smooth, fit)) == pytest.approx(target, abs=EXACT)
     assert len(asked) == len(set(asked)) <= 27
+    setting = fit.setting  # the two prices of a mix are close where the dial is smooth
+    assert not setting.part or smooth(setting.other) - smooth(setting.price) <= CLOSE
 
 
 @settings(deadline=None)
@@ -50,49 +58,49 @@ def test_a_smooth_dial_meets_its_target(target: float) -> None:
     st.floats(1e-3, 1e3),
     st.floats(-100, 100),
 )
-def test_a_dial_of_any_scale_is_found(target: float, steepness: float, centre: float) -> None:
-    finder, asked = dial(lambda p: 0.5 - 0.5 * math.tanh(steepness * (p - centre)))
-    _, share = finder.find(target, tries=60)
-    lumps = steepness * abs(centre) > 1e5  # steeper than the scale's resolution
-    assert lumps or abs(share - target) <= 0.002
+def test_a_dial_of_any_scale_meets_its_target(target: float, steepness: float, centre: float) -> None:
+    share = lambda p: 0.5 - 0.5 * math.tanh(steepness * (p - centre))  # noqa: E731
+    finder, asked = dial(share)
+    fit = finder.find(target, tries=60)
+    assert fit.share == pytest.approx(expected(share, fit)) == pytest.approx(target, abs=EXACT)
     assert len(asked) == len(set(asked))
 
 
-def test_a_lumpy_dial_gives_the_nearest_step() -> None:
-    finder, asked = dial(lambda p: 0.2 if p > 0.3 else 0.45 if p > -0.1 else 1.0)
-    assert [finder.find(t)[1] for t in (0.3, 0.4, 0.7, 0.8)] == [0.2, 0.45, 0.45, 1.0]
+def test_a_lumpy_dial_is_met_by_a_mix_of_the_two_nearest_steps() -> None:
+    steps = lambda p: 0.2 if p > 0.3 else 0.45 if p > -0.1 else 1.0  # noqa: E731
+    finder, asked = dial(steps)
+    for target, ends in ((0.3, (0.2, 0.45)), (0.4, (0.2, 0.45)), (0.7, (0.45, 1.0)), (0.8, (0.45, 1.0))):
+        fit = finder.find(target)
+        assert (steps(fit.setting.price), steps(fit.setting.other)) == ends
+        assert fit.share == pytest.approx(expected(steps, fit)) == pytest.approx(target)
     assert len(asked) == len(set(asked))
+    assert finder.find(0.451).setting == Setting(0.0)  # a step meets it
 
 
-def test_a_dial_that_is_not_monotone_still_brackets() -> None:
+def test_a_dial_that_is_not_monotone_still_meets_its_targets() -> None:
     wavy = lambda p: smooth(p) + 0.1 * math.sin(8 * p) * math.exp(-(p**2))  # noqa: E731
     finder, asked = dial(wavy)
     for target in (0.3, 0.5, 0.6, 0.8):
-        price, share = finder.find(target)
-        assert share == wavy(price) and abs(share - target) <= 0.002
+        fit = finder.find(target)
+        assert fit.share == pytest.approx(expected(wavy, fit)) == pytest.approx(target, abs=EXACT)
     assert len(asked) == len(set(asked))
 
 
 @pytest.mark.parametrize(("target", "end"), [(0.01, 0.2), (1.0, 0.9)])
 def test_out_of_reach_the_best_end_is_returned(target: float, end: float) -> None:
     finder, asked = dial(lambda p: min(max(0.55 - p, 0.2), 0.9))
-    assert finder.find(target)[1] == end
+    assert finder.find(target).share == end
     assert len(asked) == 3  # both ends and the trained point: nothing else can help
 
 
 def test_a_target_met_by_the_trained_point_leaves_the_price_alone() -> None:
-    assert dial(smooth)[0].find(0.601) == (0.0, smooth(0.0))
+    assert dial(smooth)[0].find(0.601).setting == Setting(0.0)
 
 
 def test_where_the_dial_is_flat_the_price_nearest_zero_wins() -> None:
     finder, _ = dial(lambda p: 0.5)
-    assert finder.find(0.5) == (0.0, 0.5)
-    assert finder.find(0.9) == (0.0, 0.5)
-
-
-def test_the_best_point_seen_wins_over_the_last() -> None:
-    finder, _ = dial(lambda p: 0.5 if p == 0 else 1.0 if p < 0 else 0.0)
-    assert finder.find(0.45) == (0.0, 0.5)
+    for target in (0.5, 0.9):
+        assert finder.find(target).setting == Setting(0.0) and finder.find(target).share == 0.5
 
 
 def test_several_targets_share_what_was_measured() -> None:
@@ -106,15 +114,22 @@ def test_several_targets_share_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(("name", "unit"), PAIRS)
-def test_the_dial_of_a_net_measures_the_mean_share(name: str, unit: str) -> None:
+def test_the_dial_of_a_net_expects_the_mean_share(name: str, unit: str) -> None:
     net = make_net(name, unit)
-    batches = [batch_of(pictures(6, seed)) for seed in (1, 2)]
-    finder = make_dial(net, batches)
+    batches = [batch_of(pictures(40, seed), start=40 * seed) for seed in (0, 1)]
+    finder = make_dial(net, 80, lambda: batches)
     low, high = finder.span()
     assert (low, high) == pytest.approx(net.span())
-    price, share = finder.find((low + high) / 2)
-    net.router.price = price
-    assert float(evaluate(net, batches).macs_N.mean()) / net.cost.dense == pytest.approx(share)
+    fit = finder.find((low + high) / 2)
+    shares = []
+    for price in (fit.setting.price, fit.setting.other):
+        net.router.price = price
+        shares.append(float(evaluate(net, batches).macs_N.mean()) / net.cost.dense)
+    part = fit.setting.part
+    assert fit.share == pytest.approx((1 - part) * shares[0] + part * shares[1])
+    net.router.setting = fit.setting
+    share_N = evaluate(net, batches).macs_N / net.cost.dense
+    assert float(share_N.mean()) == pytest.approx(fit.share, abs=4 * float(share_N.std()) / 80**0.5 + 1e-9)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from PIL import Image
 
 from conftest import TINY
 from dynroute.assembly import fingerprint, restore
+from dynroute.calibration import Calibration, read_budget, write_budget
 from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.data import load
-from dynroute.records import read_budget, write_budget
 
 
 @pytest.fixture
@@ -62,30 +62,63 @@ def test_it_says_what_eval_found_for_the_same_images(
     assert alone[0]["route"] == found[3]["route"]
 
 
-def test_a_stored_price_is_used_again_and_not_for_another_checkpoint(run: Path) -> None:
+def test_a_stored_setting_is_used_again_and_not_for_another_checkpoint(run: Path) -> None:
     mark = fingerprint(run / "last.pt")
     stored = read_budget(run, mark)
-    assert len(stored) >= 3
-    assert read_budget(run, "0" * 16) == {}
+    assert stored is not None and len(stored.points) >= 3 and stored.searched == {0.7}
+    assert read_budget(run, "0" * 16) is None
     assert main(["eval", str(run), "--flops-target", "0.7"]) in (0, 3)
     assert read_budget(run, mark) == stored  # nothing had to be searched again
 
 
-def test_a_target_that_was_not_calibrated_is_said(
+def test_a_target_between_those_asked_for_is_mixed_from_what_is_known(
     run: Path, files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_budget(run, fingerprint(run / "last.pt"), {0.0: 0.9}, 100)
+    before = (run / "budget.json").read_text()
+    found = predicted(capsys, str(run), *map(str, files), "--flops-target", "0.43")
+    assert len(found) == 5
+    assert (run / "budget.json").read_text() == before
+
+
+def test_a_run_that_was_not_calibrated_is_said(
+    run: Path, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_budget(run, "0" * 16, Calibration(100), None)
     capsys.readouterr()
     assert main(["predict", str(run), str(files[0]), "--flops-target", "0.5"]) == 2
     assert "no calibrated setting for 0.5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"checkpoint": "x", "settings": [[1]]}'])
+def test_what_is_out_of_reach_says_the_range(run: Path, files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--flops-target", "0.001"], ["--flops-max", "0.001"]):
+        capsys.readouterr()
+        assert main(["predict", str(run), str(files[0]), *words]) == 3
+        out, err = capsys.readouterr()
+        assert "0.001 is out of reach" in err and " to " in err and err.count("\n") == 1 and not out
+
+
+def test_no_image_costs_more_than_the_limit(run: Path, files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    free = predicted(capsys, str(run), *map(str, files))
+    capped = predicted(capsys, str(run), *map(str, files), "--flops-max", "0.4")
+    assert max(float(p["share"]) for p in free) > 0.4 >= max(float(p["share"]) for p in capped)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "checkpoint": "MARK", "dials": [[1]]}'])
 def test_a_broken_table_is_said(content: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "budget.json").write_text(content)
+    (run / "budget.json").write_text(content.replace("MARK", fingerprint(run / "last.pt")))
     capsys.readouterr()
     assert main(["eval", str(run), "--flops-target", "0.6"]) == 2
     assert "budget.json is not a table" in capsys.readouterr().err
+
+
+def test_a_table_of_the_first_format_is_fitted_anew_with_a_remark(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "budget.json").write_text('{"checkpoint": "x", "images": 9, "settings": [[0.0, 0.5]]}')
+    capsys.readouterr()
+    assert main(["eval", str(run), "--flops-target", "0.6"]) in (0, 3)
+    assert "of an older version" in capsys.readouterr().err
+    assert read_budget(run, fingerprint(run / "last.pt")) is not None
 
 
 def test_wrong_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

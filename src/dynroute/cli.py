@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynroute import __version__
-from dynroute.contracts import InputError
+from dynroute.contracts import InputError, OutOfReach
 
 if TYPE_CHECKING:
     from dynroute.fit import Step
@@ -29,6 +29,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+
+FlopsMax = Annotated[
+    float | None,
+    typer.Option("--flops-max", metavar="X", help="Share of the dense net's multiply-adds that no image may exceed."),
+]
+LatencyTarget = Annotated[
+    float | None,
+    typer.Option(
+        "--latency-target",
+        metavar="MS",
+        help="Milliseconds an image alone may take, which `dynroute bench` has made a table of: a FLOPs target.",
+    ),
+]
 
 
 class Split(StrEnum):
@@ -135,6 +149,12 @@ def evaluate(
             help="Share of the dense net's multiply-adds, 0 < X <= 1; repeatable.",
         ),
     ] = None,
+    flops_max: FlopsMax = None,
+    latency_target: LatencyTarget = None,
+    curve: Annotated[
+        bool,
+        typer.Option("--curve", help="Ten targets across the reachable range; curve.csv, curve.png and curve.svg."),
+    ] = False,
     split: Annotated[Split, typer.Option("--split", help="Which split the row is about.")] = Split.test,
     timed: Annotated[bool, typer.Option("--latency", help="Also measure milliseconds per image at batch 1.")] = False,
     controls: Annotated[
@@ -153,13 +173,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a run, at its trained point or at FLOPs targets fitted on the calibration split (exit status 3 if missed)."""
-    targets: list[float | None] = [*flops_target] if flops_target else [None]
-    check_targets(flops_target)
+    check_budgets(flops_target or [], flops_max, latency_target)
     from dynroute import bench, runs
     from dynroute.records import as_dict
 
     with Status(f"opening {run}") as status:
-        evaluator = runs.Evaluator.of(run, checkpoint.value)
+        evaluator = runs.Evaluator.of(run, checkpoint.value, flops_max)
+        targets: list[float | None] = [*(flops_target or [])]
+        targets += [] if latency_target is None else [evaluator.share_at(latency_target)]
+        if curve:
+            status.say("looking for the reachable range")
+            targets += evaluator.targets()
+        targets = targets or [None]
         results, constant = [], 0
         for target in targets:
             status.say("evaluating" if target is None else f"fitting the price for {target:g} and evaluating")
@@ -169,10 +194,15 @@ def evaluate(
                 made = evaluator.controls(results[-1])
                 results += made
                 constant += not made
+    rows = [as_dict(r.row) for r in results]
+    drawn = write_curve(rows, run) if curve else {}
     if as_json:
-        print(json.dumps({"rows": [as_dict(r.row) for r in results]}, indent=2))
+        print(json.dumps({"rows": rows, **drawn}, indent=2))
     else:
         print_results(results)
+        print_curve(drawn)
+    for remark in evaluator.remarks:
+        print(remark, file=sys.stderr)
     if constant:
         where = "" if constant == len(targets) else f" at {constant} of {len(targets)} settings"
         print(f"no controls{where}: every image takes the same route, there is nothing to shuffle", file=sys.stderr)
@@ -242,9 +272,13 @@ def predict(
     target: Annotated[
         float | None,
         typer.Option(
-            "--flops-target", metavar="X", help="Share of the dense net's multiply-adds that `eval` has calibrated."
+            "--flops-target",
+            metavar="X",
+            help="Share of the dense net's multiply-adds, within the range that `eval` has calibrated.",
         ),
     ] = None,
+    flops_max: FlopsMax = None,
+    latency_target: LatencyTarget = None,
     as_json: Json = False,
 ) -> None:
     """Class, confidence, route and cost of images; needs the run folder alone, not its data."""
@@ -252,8 +286,10 @@ def predict(
 
     from dynroute import prediction
 
-    check_targets(None if target is None else [target])
-    found = prediction.predict(run, images, target)
+    check_budgets([] if target is None else [target], flops_max, latency_target)
+    if target is not None and latency_target is not None:
+        raise InputError("--flops-target and --latency-target exclude each other: one image gets one budget")
+    found = prediction.predict(run, images, target, flops_max, latency_target)
     if as_json:
         print(json.dumps({"rows": [asdict(p) for p in found]}, indent=2))
         return
@@ -381,6 +417,33 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
+def check_budgets(targets: list[float], flops_max: float | None, latency_ms: float | None) -> None:
+    """Raise InputError on a share or a time that is none."""
+    shares = [("--flops-target", target) for target in targets]
+    shares += [] if flops_max is None else [("--flops-max", flops_max)]
+    for name, share in shares:
+        if not 0 < share <= 1:
+            raise InputError(f"{name} is a share of the dense net's multiply-adds, 0 < X <= 1, not {share}")
+    if latency_ms is not None and not 0 < latency_ms < 1e9:
+        raise InputError(f"--latency-target is a time in milliseconds, above 0, not {latency_ms}")
+
+
+def write_curve(rows: list[dict[str, Any]], run: Path) -> dict[str, Any]:
+    """The curve's files, and its area: mean top-1 over the range of shares reached (None where there is no range)."""
+    from dynroute.report import curve
+
+    own = [row for row in rows if not row["control"]]
+    return {"area": curve.area(own), "files": [str(path) for path in curve.write(own, run)]}
+
+
+def print_curve(drawn: dict[str, Any]) -> None:
+    """Area and files, where a curve was asked for."""
+    if drawn.get("area") is not None:
+        print(f"mean top-1 over the range (area under the curve / its width): {100 * drawn['area']:.2f} %")
+    for path in drawn.get("files", []):
+        print(path)
+
+
 class Status:
     """A spinner on stderr where that is a terminal; else nothing, so that pipes and logs stay clean."""
 
@@ -459,7 +522,7 @@ def print_results(results: list[Any]) -> None:
         "target",
         "FLOPs (multiply-adds)",
         "share",
-        "on calib",
+        "expected, 95 %",
         "p5-p95",
         "router",
         "top-1 %",
@@ -477,7 +540,7 @@ def print_results(results: list[Any]) -> None:
             row.control or ("trained" if row.flops_target is None else f"{row.flops_target:.2f}"),
             f"{row.macs_mean / 1e6:.2f} M",
             f"{row.macs_share:.3f}{' missed' if r.missed else ''}",
-            "" if row.share_calib is None else f"{row.share_calib:.3f}",
+            "" if row.share_calib is None else f"{row.share_calib:.3f} ({row.share_low:.3f}-{row.share_high:.3f})",
             f"{row.macs_p5 / 1e6:.2f}-{row.macs_p95 / 1e6:.2f} M",
             f"{100 * row.router_share:.2f} %",
             f"{100 * row.top1:.2f}",
@@ -545,6 +608,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error.format_message(), 2)
     except InputError as error:
         return _fail(" ".join(str(error).split()), 2)
+    except OutOfReach as error:
+        return _fail(" ".join(str(error).split()), MISSED)
     except (KeyboardInterrupt, typer.Abort):  # newer Typers return the status instead
         return _fail(STOPPED, INTERRUPTED)
     except OSError as error:  # a folder that is a file, no permission, a full disk

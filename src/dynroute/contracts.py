@@ -24,6 +24,23 @@ class InputError(ValueError):
     """What the user gave is wrong; the message is the one line that is shown, and the exit status is 2."""
 
 
+class OutOfReach(ValueError):
+    """A budget that no route of the net can meet; the message is the one line that is shown, and the exit status is 3."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a router's dial stands: the price for all images, or where part > 0 another one for that part of them.
+
+    Which images are in that part is decided by a hash of each, so the same image always gets the same price. Where a dial
+    jumps from one mean cost to another, the router's own scores do not tell the images apart; two prices meet what lies between.
+    """
+
+    price: float = 0.0
+    other: float = 0.0
+    part: float = 0.0
+
+
 def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
     """The error for a name that is not there: says the nearest valid choice and lists all of them."""
     known = sorted(choices)

@@ -5,7 +5,6 @@ B images, N images of a split, U units, G parts, K classes. A share is a part of
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynroute.calibration import CLOSE, Calibration, Fit
 from dynroute.contracts import Batch, Output, UnitSpec
 from dynroute.net import RoutedNet
-
-TOLERANCE = 0.02  # a target is missed when the reached share is further away
 
 
 @dataclass
@@ -87,53 +85,51 @@ def evaluate(
 
 
 class Dial:
-    """Searches the price at which the mean share meets a target, on one split; every price is measured once.
+    """Searches the setting at which the mean share meets a target, on one split; every price is measured once.
 
-    share_at(price) need not be smooth or monotone (routers briefly trained are lumpy): the search brackets and bisects, and
-    the best price seen wins. Prices are searched on an asinh scale, fine near 0 and coarse far out.
+    share_at(price): mean share and standard deviation of single images' shares. It need not be smooth or monotone (routers
+    briefly trained are lumpy): the search bisects the two neighbours around the target in the calibration's chain until one
+    price meets it, or the two are close, or no price lies between; then they are mixed.
+    Prices are searched on an asinh scale, fine near 0 and coarse far out.
     """
 
-    def __init__(self, share_at: Callable[[float], float], limits: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        share_at: Callable[[float], tuple[float, float]],
+        limits: tuple[float, float],
+        calibration: Calibration | None = None,
+        images: int = 1,
+    ) -> None:
         self.share_at, self.limits = share_at, limits
-        self.seen: dict[float, float] = {}
+        self.calibration = calibration or Calibration(images)
 
-    def find(self, target: float, tolerance: float = 0.002, tries: int = 24) -> tuple[float, float]:
-        """(price, share) closest to the target among what was tried."""
+    def find(self, target: float, tries: int = 24) -> Fit:
+        """The setting for a target and the share to expect; out of reach, that of the nearest end."""
+        known = self.calibration
+        if target in known.searched:
+            return known.fit(target)
         self.span()
         self._try(0.0)
         for _ in range(tries):
-            if abs(self._best(target)[1] - target) <= tolerance:
+            if known.gap(target) <= CLOSE:
                 break
-            low, high = self._bracket(target)
-            if low is None or high is None:
-                break  # outside the reachable range
-            middle = _price((_scale(low) + _scale(high)) / 2)
-            if middle in self.seen:
+            setting = known.fit(target).setting
+            middle = _price((_scale(setting.price) + _scale(setting.other)) / 2)
+            if middle in known.points:
                 break  # no price in between: a jump
             self._try(middle)
-        return self._best(target)
+        known.searched.add(target)
+        return known.fit(target)
 
     def span(self) -> tuple[float, float]:
-        """Lowest and highest share at the dial's end stops."""
-        return self._try(self.limits[1]), self._try(self.limits[0])
+        """Lowest and highest share, the dial's end stops included."""
+        for end in self.limits:
+            self._try(end)
+        return self.calibration.span()
 
-    def _try(self, price: float) -> float:
-        if price not in self.seen:
-            self.seen[price] = self.share_at(price)
-        return self.seen[price]
-
-    def _best(self, target: float) -> tuple[float, float]:
-        return min(self.seen.items(), key=lambda item: (abs(item[1] - target), abs(item[0])))
-
-    def _bracket(self, target: float) -> tuple[float | None, float | None]:
-        """The closest pair of neighbouring prices seen whose shares lie on both sides of the target."""
-        prices = sorted(self.seen)
-        pairs = [
-            (a, b)
-            for a, b in itertools.pairwise(prices)
-            if min(self.seen[a], self.seen[b]) <= target <= max(self.seen[a], self.seen[b])
-        ]
-        return min(pairs, key=lambda p: abs(self.seen[p[0]] - self.seen[p[1]]), default=(None, None))
+    def _try(self, price: float) -> None:
+        if price not in self.calibration.points:
+            self.calibration.add(price, *self.share_at(price))
 
 
 UNIT_PRICE = 1e-3  # prices below this are told apart linearly, above it by ratio
@@ -147,14 +143,22 @@ def _price(scale: float) -> float:
     return UNIT_PRICE * math.sinh(scale)
 
 
-def make_dial(net: RoutedNet, batches: list[Batch]) -> Dial:
-    """The dial of a net over the given (calibration) batches. Leaves the router's price where the last try put it."""
+def make_dial(
+    net: RoutedNet, images: int, batches: Callable[[], Iterable[Batch]], calibration: Calibration | None = None
+) -> Dial:
+    """The dial of a net over so many (calibration) images, which are asked for when a price must be measured.
+
+    Leaves the router's price where the last try put it. calibration: what is known already.
+    """
+    kept: list[Batch] = []
 
     @torch.inference_mode()
-    def share_at(price: float) -> float:
+    def share_at(price: float) -> tuple[float, float]:
+        if not kept:
+            kept.extend(batches())
+        net.eval()
         net.router.price = price
-        macs = torch.cat([net(batch.images).macs_B for batch in batches])
-        return float(macs.mean()) / net.cost.dense
+        share_N = torch.cat([net(batch.images).macs_B for batch in kept]) / net.cost.dense
+        return float(share_N.mean()), float(share_N.std(unbiased=False))
 
-    net.eval()
-    return Dial(share_at, net.router.price_limits)
+    return Dial(share_at, net.router.price_limits, calibration, images)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dynroute.backbones import Backbone
-from dynroute.contracts import Output, Trace, UnitSpec
+from dynroute.contracts import OutOfReach, Output, Trace, UnitSpec
 from dynroute.cost import NetCost
-from dynroute.routers import Router, legal, stacked
+from dynroute.routers import Limit, Router, legal, stacked
 from dynroute.units import Unit
 
 
@@ -30,11 +30,11 @@ class RoutedNet(nn.Module):
         """Logits, decisions and cost of each image. keep_BUG: these routes instead of the router's."""
         if keep_BUG is not None:
             return self._given(x_BCHW, keep_BUG)
-        state = self.router.begin(x_BCHW)
+        journey = self.router.start(x_BCHW)
         x_BCHW = self.backbone.stem(x_BCHW)
         decisions = []
         for u, unit in enumerate(self.backbone.routable):
-            decision, state = self.router.decide(u, x_BCHW, state)
+            decision, journey = self.router.choose(u, x_BCHW, journey)
             decisions.append(decision)
             x_BCHW = masked(unit, x_BCHW, decision.keep_BG, [d.keep_BG for d in decisions])
         trace = stack([d.keep_BG for d in decisions], [d.notes for d in decisions])
@@ -49,6 +49,13 @@ class RoutedNet(nn.Module):
         lowest_highest = zip(*map(_extremes, self.backbone.specs), strict=True)
         ends = self.cost(torch.stack([stacked(keeps) for keeps in lowest_highest]).to(self.cost.part_UG.device))
         return float(ends[0]) / self.cost.dense, float(ends[1]) / self.cost.dense
+
+    def set_limit(self, share: float | None) -> None:
+        """Let no image exceed a share of the dense net's MACs, router included (None: no limit). Raises OutOfReach."""
+        low, high = self.span()
+        if share is not None and share < low:
+            raise OutOfReach(f"limit {share:g} is out of reach: routes of this net cost {low:.3f} to {high:.3f}")
+        self.router.limit = None if share is None else Limit(self.cost, self.backbone.specs, share)
 
     def _given(self, x_BCHW: Tensor, keep_BUG: Tensor) -> Output:
         keep_BUG = keep_BUG.to(x_BCHW.device)

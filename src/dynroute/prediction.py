@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from dynroute.assembly import fingerprint, restore, trained_on
-from dynroute.contracts import InputError
+from dynroute.calibration import read_budget
+from dynroute.contracts import InputError, Setting
 from dynroute.data import loader, pictures
 from dynroute.fit import LAST
-from dynroute.measure import TOLERANCE
-from dynroute.records import read_budget
+from dynroute.runs import latency_share
 from dynroute.skipping import FastNet
 
 
@@ -35,18 +35,30 @@ class Prediction:
     share: float
 
 
-def predict(run: Path, images: Sequence[Path], target: float | None = None) -> list[Prediction]:
-    """Run the images through the really narrowed net at the trained point, or at a target that `eval` has calibrated.
+def predict(
+    run: Path,
+    images: Sequence[Path],
+    target: float | None = None,
+    flops_max: float | None = None,
+    latency_ms: float | None = None,
+) -> list[Prediction]:
+    """Run the images through the really narrowed net at the trained point, or at a target within what `eval` has calibrated.
 
-    Raises InputError for a bad run or image, and for a target of which the run's budget.json knows no price.
+    flops_max: share of the dense net's multiply-adds that no image may exceed. latency_ms: a target as the time of an image
+    alone, which the run's bench.csv turns into a share. Raises InputError for a bad run or image and
+    where the run's budget.json knows no setting, OutOfReach for a target or limit that no setting can meet.
     """
     path = run / LAST
     if not path.exists():
         raise InputError(f"{run} is not a run folder: it holds no {LAST}")
     net, config, content = restore(path)
     net.eval()
+    if flops_max is not None:
+        net.set_limit(flops_max)
+    if latency_ms is not None:
+        target = latency_share(run, latency_ms, torch.device("cpu"))
     if target is not None:
-        net.router.price = _price(run, target)
+        net.router.setting = _setting(run, target, flops_max)
     spec = trained_on(content, path)
     batches = loader(pictures(images, config.data.name, spec), spec, 64, train=False)
     fast, found = FastNet(net), []
@@ -69,12 +81,10 @@ def predict(run: Path, images: Sequence[Path], target: float | None = None) -> l
     return found
 
 
-def _price(run: Path, target: float) -> float:
-    """The stored price whose share is nearest to the target."""
-    settings = read_budget(run, fingerprint(run / LAST))
-    price, share = min(settings.items(), key=lambda item: abs(item[1] - target), default=(0.0, -1.0))
-    if abs(share - target) > TOLERANCE:
-        raise InputError(
-            f"{run} has no calibrated setting for {target:g} yet: dynroute eval {run} --flops-target {target:g}"
-        )
-    return price
+def _setting(run: Path, target: float, flops_max: float | None) -> Setting:
+    """What meets the target by the run's stored calibration, mixed from its neighbours where it was not asked for before."""
+    known = read_budget(run, fingerprint(run / LAST), flops_max)
+    if known is None or len(known.points) < 2:
+        words = f"--flops-target {target:g}" + ("" if flops_max is None else f" --flops-max {flops_max:g}")
+        raise InputError(f"{run} has no calibrated setting for {target:g} yet: dynroute eval {run} {words}")
+    return known.within_reach(target).setting

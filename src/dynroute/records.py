@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,8 @@ class EvalRow:
     router_share: the router's MACs / macs_dense. routes: number of distinct routes. latency_*,
     speedup: of the skipping run (see `BenchRow`), where --latency asked for them.
     control: empty for the net itself, else the name of the control that was made from its routes (see `controls`).
+    price_other, price_part: another price for that part of the images (see `contracts.Setting`). share_low, share_high: 95 %
+    interval of the share to expect of new images, from calibration. flops_max: the share that no image may exceed, if any.
     """
 
     run: str
@@ -54,6 +55,11 @@ class EvalRow:
     epochs: float
     checkpoint: str = "last"
     control: str = ""
+    price_other: float | None = None
+    price_part: float | None = None
+    share_low: float | None = None
+    share_high: float | None = None
+    flops_max: float | None = None
     weights: str = ""
     latency_ms_p50: float | None = None
     speedup: float | None = None
@@ -116,7 +122,9 @@ class BenchRow:
 BENCH_COLUMNS = tuple(f.name for f in fields(BenchRow))
 BENCH_KEY = ("mode", "flops_target", "rate", "batch", "threads", "device", "dtype")
 EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))
-LATER = frozenset({"control"})  # columns that older files lack; there they are empty
+LATER = frozenset(
+    {"control", "price_other", "price_part", "share_low", "share_high", "flops_max"}
+)  # columns that older files lack; there they are empty
 NUMBERS = frozenset(f.name for f in fields(EvalRow) if "float" in str(f.type) or "int" in str(f.type))
 
 
@@ -182,13 +190,13 @@ def read_eval(path: Path) -> list[dict[str, Any]]:
 
 
 def merge_eval(path: Path, row: EvalRow) -> None:
-    """Add a row to an eval.csv in place of the one of the same split, target, checkpoint and control.
+    """Add a row to an eval.csv in place of the one of the same split, target, limit, checkpoint and control.
 
     So a repeated call adds nothing. Where the net's own row has changed, the controls made from the old one go too.
     """
     old = read_rows(path) if path.exists() else []
     new = {k: _cell(v) for k, v in as_dict(row).items()}
-    setting = ("split", "flops_target", "checkpoint")
+    setting = ("split", "flops_target", "flops_max", "checkpoint")
     old = [{k: r.get(k, "") for k in EVAL_COLUMNS} | {"checkpoint": r.get("checkpoint") or "last"} for r in old]
     there = [r for r in old if all(r[k] == new[k] for k in setting)]
     changed = any(not r["control"] and any(r[k] != new[k] for k in ("macs_mean", "top1", "n")) for r in there)
@@ -221,25 +229,3 @@ def _value(path: Path, column: str, text: str) -> Any:
         return float(text)
     except ValueError:
         raise InputError(f"{path}: {column} is {text!r}, not a number") from None
-
-
-def read_budget(folder: Path, fingerprint: str) -> dict[float, float]:
-    """Prices and the shares they reach on the calibration split, as stored with a run; empty where none are.
-
-    fingerprint: of the checkpoint; settings of another one are not returned. Raises InputError for a broken file.
-    """
-    path = folder / BUDGET_FILE
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        settings = {float(price): float(share) for price, share in content["settings"]}
-        return settings if content["checkpoint"] == fingerprint else {}
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(f"{path} is not a table of prices and shares ({type(error).__name__}); delete it") from None
-
-
-def write_budget(folder: Path, fingerprint: str, settings: dict[float, float], images: int) -> None:
-    """Store prices and the shares they reach over so many calibration images, dearest net first."""
-    content = {"checkpoint": fingerprint, "images": images, "settings": sorted(settings.items())}
-    write_text(folder / BUDGET_FILE, json.dumps(content, indent=1) + "\n")

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import torch
 from dynroute import __version__, plugins
 from dynroute.assembly import build, dense_twin, fingerprint, inference_parameters, make_teacher, restore, trained_as
 from dynroute.bench import POOL, Plan, Point, bench
+from dynroute.calibration import TOLERANCE, Fit, outdated, read_budget, share_for_latency, write_budget
 from dynroute.config import CONFIG_FILE, Config, load_config
-from dynroute.contracts import InputError
+from dynroute.contracts import Batch, InputError, Setting
 from dynroute.controls import CONTROLS
 from dynroute.data import Dataset, DataSpec, known_spec, limited, load, loader
 from dynroute.exhibits import write_images, write_names
 from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint
-from dynroute.measure import TOLERANCE, Dial, Scores, evaluate, make_dial
+from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import (
     EVAL_FILE,
@@ -32,15 +33,13 @@ from dynroute.records import (
     BenchRow,
     EvalRow,
     merge_eval,
-    read_budget,
     read_rows,
-    write_budget,
     write_rows,
     write_text,
 )
 
 CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
-LOG_FILE = "log.txt"
+LOG_FILE, BENCH_FILE = "log.txt", "bench.csv"
 
 
 def prepare(config: Config) -> torch.device:
@@ -151,7 +150,10 @@ class Result:
 
 @dataclass
 class Evaluator:
-    """A trained run made ready to be measured: net, data, dial; each target reuses what earlier ones measured."""
+    """A trained run made ready to be measured: net, data, dial; each target reuses what earlier ones measured.
+
+    flops_max: share of the dense net's multiply-adds that no image may exceed. remarks: what the user should be told.
+    """
 
     folder: Path
     net: RoutedNet
@@ -161,12 +163,16 @@ class Evaluator:
     checkpoint: str
     epochs: float
     dial: Dial
+    flops_max: float | None = None
+    remarks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folder: Path, checkpoint: str = "last", device: str | None = None) -> Evaluator:
+    def of(
+        cls, folder: Path, checkpoint: str = "last", flops_max: float | None = None, device: str | None = None
+    ) -> Evaluator:
         """Open a run folder. checkpoint: last (the end of the schedule) or best (by accuracy on the calibration split).
 
-        device: instead of the configuration's.
+        device: instead of the configuration's. Raises OutOfReach where flops_max lies below the cheapest route.
         """
         if not folder.is_dir():
             raise InputError(f"{folder} is not a run folder{nearest(folder)}")
@@ -180,26 +186,30 @@ class Evaluator:
                 f"{config.data.name} has other classes or another image size now than {folder} was trained on"
             )
         net = net.to(place).eval()
+        net.set_limit(flops_max)
         few = limited(data.calibration, CALIBRATED_ON)
-        batches = list(loader(few, data.spec, 256, train=False, device=place, workers=config.data.workers))
-        dial = make_dial(net, batches)
-        dial.seen.update(read_budget(folder, fingerprint(path)))
-        return cls(folder, net, config, data, place, checkpoint, len(content["rows"]), dial)
+
+        def batches() -> Iterable[Batch]:
+            return loader(few, data.spec, 256, train=False, device=place, workers=config.data.workers)
+
+        dial = make_dial(net, len(few), batches, read_budget(folder, fingerprint(path), flops_max))
+        remarks = ("budget.json is of an older version: settings are fitted anew",) if outdated(folder) else ()
+        return cls(folder, net, config, data, place, checkpoint, len(content["rows"]), dial, flops_max, remarks)
 
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
-        """Set the price for a target on the calibration split (None: the trained point), then measure the split.
+        """Set the dial for a target by the calibration split (None: the trained point), then measure the split.
 
         Writes the row into eval.csv, the per-image routes into routes.csv, and what `exhibits` leaves beside them.
         """
-        price, calibrated = (0.0, None) if target is None else self.fitted(target)
-        self.net.router.price = price
+        fit = None if target is None else self.fitted(target)
+        setting = self.net.router.setting = fit.setting if fit else Setting()
         part, batches = self._split(split)
         scores = evaluate(self.net, batches)
-        row = self._row(scores, split, target, price, calibrated)
+        row = self._row(scores, split, target, fit)
         rows: list[BenchRow] = []
         if timed:
             plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
-            rows, _ = self.bench([Point(target, price)], plan, split)
+            rows, _ = self.bench([Point(target, setting)], plan, split)
             row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
             row.latency_batch, row.latency_threads, row.latency_device = (
                 rows[-1].batch,
@@ -209,7 +219,8 @@ class Evaluator:
         merge_eval(self.folder / EVAL_FILE, row)
         self._write_routes(scores, part, split, target)
         missed = target is not None and abs(row.macs_share - target) > TOLERANCE
-        return Result(row, self.dial.span() if target is not None else None, missed, scores, rows)
+        reachable = self.dial.calibration.span() if target is not None else None
+        return Result(row, reachable, missed, scores, rows)
 
     def bench(self, points: Sequence[Point], plan: Plan, split: str = "test") -> tuple[list[BenchRow], list[str]]:
         """Rows of `bench.bench` at points of this run, on images of a split, and remarks."""
@@ -221,6 +232,15 @@ class Evaluator:
         dense = dense_twin(self.config, self.data.spec).backbone.to(self.device)
         labels = bench_labels(self.config, self.device) | {"run": self.folder.name}
         return bench(self.net, dense, batch.images, points, plan, labels)
+
+    def targets(self, count: int = 10) -> list[float]:
+        """So many targets across the range that the dial reaches, its ends included."""
+        low, high = self.dial.span()
+        return [round(low + (high - low) * i / (count - 1), 4) for i in range(count)]
+
+    def share_at(self, ms: float) -> float:
+        """The share at which an image takes so many milliseconds, by the run's bench.csv: see `latency_share`."""
+        return latency_share(self.folder, ms, self.device)
 
     def controls(self, result: Result) -> list[Result]:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
@@ -235,22 +255,22 @@ class Evaluator:
             scores = evaluate(self.net, self._split(routed.split)[1], routes_NUG=given)
             unpaid = 0.0 if control.pays_router else self.net.cost.router
             scores.macs_N = scores.macs_N - unpaid
-            row = self._row(scores, routed.split, routed.flops_target, routed.price, None)
-            row.control, row.router_share = name, row.router_share - unpaid / row.macs_dense
+            row = self._row(scores, routed.split, routed.flops_target, None)
+            row.control, row.price, row.router_share = name, routed.price, row.router_share - unpaid / row.macs_dense
             if not control.pays_router:
                 row.params = sum(p.numel() for p in self.net.backbone.parameters())
             merge_eval(self.folder / EVAL_FILE, row)
             made.append(Result(row, None, False, scores))
         return made
 
-    def fitted(self, target: float) -> tuple[float, float]:
-        """Price and calibrated share for a target; what was measured on the way is stored in budget.json."""
-        before, found = len(self.dial.seen), self.dial.find(target)
-        if len(self.dial.seen) > before:
+    def fitted(self, target: float) -> Fit:
+        """Setting and expected share for a target; what was measured on the way is stored in budget.json."""
+        known = self.dial.calibration
+        before, fit = len(known.searched), self.dial.find(target)
+        if len(known.searched) > before:
             path = self.folder / (BEST if self.checkpoint == "best" else LAST)
-            images = min(len(self.data.calibration), CALIBRATED_ON)
-            write_budget(self.folder, fingerprint(path), self.dial.seen, images)
-        return found
+            write_budget(self.folder, fingerprint(path), known, self.flops_max)
+        return fit
 
     def _split(self, split: str) -> tuple[Any, Any]:
         """A split and its batches."""
@@ -258,8 +278,9 @@ class Evaluator:
         workers = self.config.data.workers
         return part, loader(part, self.data.spec, 256, train=False, device=self.device, workers=workers)
 
-    def _row(self, scores: Scores, split: str, target: float | None, price: float, calibrated: float | None) -> EvalRow:
+    def _row(self, scores: Scores, split: str, target: float | None, fit: Fit | None) -> EvalRow:
         config, cost = self.config, self.net.cost
+        setting = fit.setting if fit else Setting()
         return EvalRow(
             run=self.folder.name,
             method=config.router_name,
@@ -268,8 +289,13 @@ class Evaluator:
             seed=config.top.seed,
             split=split,
             flops_target=target,
-            price=price,
-            share_calib=calibrated,
+            price=setting.price,
+            price_other=setting.other if setting.part else None,
+            price_part=setting.part if setting.part else None,
+            share_calib=fit.share if fit else None,
+            share_low=fit.low if fit else None,
+            share_high=fit.high if fit else None,
+            flops_max=self.flops_max,
             macs_mean=float(scores.macs_N.mean()),
             macs_p5=scores.macs_at(0.05),
             macs_p95=scores.macs_at(0.95),
@@ -293,10 +319,11 @@ class Evaluator:
 
     def _write_routes(self, scores: Scores, part: Any, split: str, target: float | None) -> None:
         """One line an image: what it is, what was predicted, what it cost, which parts ran (units between slashes)."""
-        path, asked = self.folder / ROUTES_FILE, "" if target is None else f"{target:.12g}"
+        path = self.folder / ROUTES_FILE
+        asked, most = ("" if share is None else f"{share:.12g}" for share in (target, self.flops_max))
         old = read_rows(path) if path.exists() else []
-        setting = {"split": split, "flops_target": asked, "checkpoint": self.checkpoint}
-        kept: list[dict[str, Any]] = [r for r in old if any(r.get(k) != v for k, v in setting.items())]
+        setting = {"split": split, "flops_target": asked, "flops_max": most, "checkpoint": self.checkpoint}
+        kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
         routes = ["/".join("".join(map(str, unit)) for unit in image) for image in scores.keep_NUG.tolist()]
         columns: dict[str, list[Any]] = {
             "index": scores.index_N.tolist(),
@@ -313,6 +340,31 @@ class Evaluator:
         write_rows(path, [*kept, *(setting | row for row in rows)])
         write_names(self.folder, self.data.spec, self.net.backbone.specs)
         write_images(self.folder, setting, scores, part, self.data.spec)
+
+
+def latency_share(folder: Path, ms: float, device: torch.device) -> float:
+    """The share of the dense net's multiply-adds at which an image alone takes at most so many milliseconds.
+
+    By the rows of the run's bench.csv that this machine measured at batch 1 with as many threads as now. Raises InputError
+    where there are none, OutOfReach where the time is too short for any.
+    """
+    path, threads = folder / BENCH_FILE, torch.get_num_threads()
+    wanted = {
+        "mode": "skipping",
+        "batch": "1",
+        "threads": str(threads),
+        "device": str(device),
+        "machine": machine(device),
+    }
+    rows = read_rows(path) if path.exists() else []
+    if rows and not {"mode", "macs_share", "latency_ms_p50"} <= rows[0].keys():
+        raise InputError(f"{path} is not a latency table: columns mode, macs_share and latency_ms_p50 are missing")
+    own = [row for row in rows if all(row.get(key) in (value, "", None) for key, value in wanted.items())]
+    own = [row for row in own if row.get("routes", "router") in ("router", "")]
+    if len(own) < 2:
+        command = f"dynroute bench {folder} --flops-target 0.4 --flops-target 0.8 --batch 1 --threads {threads}"
+        raise InputError(f"{path} has no two skipping rows of this machine at batch 1, threads {threads}: {command}")
+    return share_for_latency(own, ms)
 
 
 def nearest(folder: Path) -> str:

@@ -20,7 +20,7 @@ from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms
 from dynroute.data import Dataset, loader
 from dynroute.net import RoutedNet, masked
-from dynroute.routers import Router, legal
+from dynroute.routers import Router, legal, options
 from dynroute.skipping import FastNet
 from dynroute.units import Unit
 
@@ -29,10 +29,8 @@ TOLERANCE = 1e-5  # between masked and narrowed run, of the largest output
 
 def patterns(spec: UnitSpec) -> Iterator[tuple[bool, ...]]:
     """Every legal keep of a unit."""
-    for bits in itertools.product((True, False), repeat=spec.parts):
-        keep = torch.tensor([bits], dtype=torch.float32)
-        if torch.equal(legal(keep, spec), keep):
-            yield bits
+    for keep_G in options(spec):
+        yield tuple(keep_G.bool().tolist())
 
 
 def count_macs(module: Any, *inputs: Tensor) -> int:

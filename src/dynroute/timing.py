@@ -16,10 +16,10 @@ import torch
 
 from dynroute.assembly import dense_twin
 from dynroute.bench import DTYPES, POOL, Overruled, Plan, Point, bench, numbered, random_routes, uniform_routes
+from dynroute.calibration import TOLERANCE
 from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec
-from dynroute.measure import TOLERANCE
 from dynroute.net import RoutedNet
 from dynroute.records import BENCH_FILE, BenchRow, merge_bench
 from dynroute.routers import ranged
@@ -100,13 +100,13 @@ def _of_run(folder: Path, request: Request, say: Said) -> Timed:
     evaluator = Evaluator.of(folder, device=request.device)
     points, missed = [Point()], []
     for target in request.targets:
-        say(f"fitting the price for {target:g}")
-        price, share = evaluator.fitted(target)
-        points.append(Point(target, price))
-        if abs(share - target) > TOLERANCE:
-            low, high = evaluator.dial.span()
+        say(f"fitting the setting for {target:g}")
+        fit = evaluator.fitted(target)
+        points.append(Point(target, fit.setting))
+        if abs(fit.share - target) > TOLERANCE:
+            low, high = evaluator.dial.calibration.span()
             missed.append(
-                f"target {target:g} missed: {share:.3f} on calibration, this net reaches {low:.3f} to {high:.3f}"
+                f"target {target:g} missed: {fit.share:.3f} on calibration, this net reaches {low:.3f} to {high:.3f}"
             )
     timed = _timed(lambda plan: evaluator.bench(points, plan), request, say)
     merge_bench(folder / BENCH_FILE, timed.rows)

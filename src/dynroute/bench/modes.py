@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dynroute.backbones import Backbone
 from dynroute.bench.others import Run, Unavailable, compiled, onnxruntime
 from dynroute.bench.rounds import LEAST, Case, Times, at, choose_clock, interleaved
-from dynroute.contracts import InputError, Output
+from dynroute.contracts import InputError, Output, Setting
 from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
 from dynroute.routers import Router
@@ -35,13 +35,13 @@ FALLEN = 0.95  # share of the dense net's multiply-adds below which time should 
 
 
 class Point(NamedTuple):
-    """A point at which the routed net is timed: the price of a FLOPs target (None: the trained point), or a rate.
+    """A point at which the routed net is timed: the setting for a FLOPs target (None: the trained point), or a rate.
 
     routes: who chooses, `router`, or `random` or `uniform` draws in its stead.
     """
 
     target: float | None = None
-    price: float = 0.0
+    setting: Setting = Setting()
     rate: float | None = None
     routes: str = "router"
 
@@ -75,8 +75,9 @@ class DenseNet(nn.Module):
 
 
 def executor(net: RoutedNet) -> FastNet:
-    """The fast run of a net, with as many threads as torch is set to."""
-    return FastNet(net)
+    """The fast run of a net, with as many threads as torch is set to: images apart where there are several, on the CPU."""
+    on_cpu = next(net.backbone.parameters()).is_cpu
+    return FastNet(net, threads=torch.get_num_threads() if on_cpu else 1)
 
 
 def bench(
@@ -100,7 +101,7 @@ def bench(
         raise InputError(f"a batch of {plan.batch} needs as many images, there are {len(images_NCHW)}")
     if "onnxruntime" in plan.modes and (device.type != "cpu" or plan.dtype != "fp32"):
         raise InputError("--onnx runs on the processor in fp32 alone")
-    with torch.inference_mode(), _kept_price(net.router):
+    with torch.inference_mode(), _kept_setting(net.router):
         made = _Cases(cast(net, plan.dtype), dense, images_NCHW, plan)
         cases = dict(made.all(points))
         times = interleaved(cases, clock, plan.seconds, plan.least)
@@ -164,8 +165,12 @@ class _Cases:
             yield "router", self.decisions(), lambda result: 0.0
 
     def filled(self, fast: FastNet, point: Point) -> FastNet:
-        """An executor that has met every image of the pool."""
-        self.net.router.price = point.price
+        """An executor that has measured its forms and met every image of the pool."""
+        self.net.router.setting = point.setting
+        hopeless = fast.warm_up(self.picked(0))
+        if hopeless:
+            batch = f"at batch {self.plan.batch}, {plural(fast.threads, 'thread')}"
+            self.remarks.append(f"masked, because skipping gains nothing there {batch}: {', '.join(hopeless)}")
         for turn in range(math.ceil(len(self.images_NCHW) / self.plan.batch)):
             fast(self.picked(turn))
         return fast
@@ -176,18 +181,18 @@ class _Cases:
         shapes: list[torch.Size] = []
         x = self.picked(0)
         router = self.net.router
-        state = router.begin(x)
+        journey = router.start(x)
         x = self.net.backbone.stem(x)
         for u, unit in enumerate(self.net.backbone.routable):
             shapes.append(x.shape)
             seen.setdefault(x.shape, x)
-            _, state = router.decide(u, x, state)
+            _, journey = router.choose(u, x, journey)
             x = unit(x)
 
         def run(x_BCHW: Tensor) -> None:
-            state = router.begin(x_BCHW)
+            journey = router.start(x_BCHW)
             for u, shape in enumerate(shapes):
-                _, state = router.decide(u, seen[shape], state)
+                _, journey = router.choose(u, seen[shape], journey)
 
         return run
 
@@ -196,10 +201,10 @@ class _Cases:
         return Case(lambda turn: _call(run, self.picked(turn)))
 
     def priced(self, point: Point, run: Run, read: Callable[[Any], float]) -> Case:
-        """A case of the routed net, which finds its price set."""
+        """A case of the routed net, which finds its dial set."""
 
         def prepare(turn: int) -> Callable[[], Any]:
-            self.net.router.price = point.price
+            self.net.router.setting = point.setting
             return _call(run, self.picked(turn))
 
         return Case(prepare, read)
@@ -217,6 +222,11 @@ class _Cases:
         return self.last[1]
 
 
+def plural(count: int, word: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
 def _call(run: Run, *given: Tensor) -> Callable[[], Any]:
     return lambda: run(*given)
 
@@ -227,12 +237,12 @@ def _macs(out: Output) -> float:
 
 
 @contextmanager
-def _kept_price(router: Router) -> Iterator[None]:
-    price = router.price
+def _kept_setting(router: Router) -> Iterator[None]:
+    setting = router.setting
     try:
         yield
     finally:
-        router.price = price
+        router.setting = setting
 
 
 def _rows(

@@ -19,6 +19,7 @@ COLUMNS = {
     **dict.fromkeys(("split", "flops_target", "checkpoint"), "str"),
     **dict.fromkeys(("index", "label", "predicted"), "int64"),
 }
+LIMIT = "flops_max"  # filled in where no image may exceed a share: such images stand for rows of their own
 
 
 class Answers(NamedTuple):
@@ -88,8 +89,15 @@ def answers(file: Path) -> dict[float | None, Answers]:
     if text.count(",") != text.count("\n") * (len(head) - 1):  # no cell of ours is quoted
         raise InputError(f"{file} is not a routes.csv: it has lines that do not fit its header")
     try:
-        frame = pd.read_csv(io.StringIO(text), usecols=list(COLUMNS), keep_default_na=False, dtype=COLUMNS)
+        frame = pd.read_csv(
+            io.StringIO(text),
+            usecols=lambda name: name in {*COLUMNS, LIMIT},
+            keep_default_na=False,
+            dtype=COLUMNS | {LIMIT: str},
+        )
         mine = frame[(frame["split"] == "test") & (frame["checkpoint"] == "last")]
+        if LIMIT in mine:
+            mine = mine[mine[LIMIT] == ""]
         return {float(str(t)) if t else None: _answers(part) for t, part in mine.groupby("flops_target")}
     except ValueError as error:  # pandas' ParserError is one
         raise InputError(f"{file} is not a routes.csv: {error}") from None

@@ -72,6 +72,8 @@ def base_name(run: str) -> str:
 def identity(row: Row) -> str:
     """What the seeds of one experiment share. The config hash leaves out seed and name."""
     made = row["config_hash"] or base_name(row["run"])
+    if row["flops_max"] is not None:
+        made = f"{made}-max{row['flops_max']:g}"
     return made if row["checkpoint"] in ("", "last") else f"{made}-{row['checkpoint']}"
 
 

@@ -15,6 +15,7 @@ from dynroute.routers.base import (
     ranged,
     stacked,
 )
+from dynroute.routers.limit import Limit, options
 
 ROUTERS: dict[str, Method] = {
     "static": Method(
@@ -64,6 +65,7 @@ ROUTERS: dict[str, Method] = {
 __all__ = [
     "NOTE",
     "ROUTERS",
+    "Limit",
     "Method",
     "Phase",
     "Router",
@@ -71,6 +73,7 @@ __all__ = [
     "classification_loss",
     "cross_entropy",
     "legal",
+    "options",
     "ranged",
     "stacked",
 ]

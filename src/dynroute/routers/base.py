@@ -7,30 +7,47 @@ deterministic; there is no other mode. A higher price means a cheaper net, for e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
+from dynroute.contracts import Batch, Decision, InputError, Output, Setting, UnitSpec
 from dynroute.cost import NetCost
+from dynroute.routers.draws import draws, image_hash
+
+if TYPE_CHECKING:
+    from dynroute.routers.limit import Limit, Spent
 
 State = Any
 NOTE = "note_"  # begins the names of loss terms that are recorded, not minimised
+MIXED = 1 << 20  # the draw that says which of two prices an image gets; no unit has this number
+
+
+class Journey(NamedTuple):
+    """Where a minibatch is on its way through the units. groups: images of one price (rows, None: all of them), the setting
+    that holds for them, and the router's own state; spent: what `Limit` must know."""
+
+    groups: tuple[tuple[Tensor | None, Setting, State], ...]
+    spent: Spent | None
 
 
 class Router(nn.Module):
     """Decides, unit by unit, which parts each image runs.
 
+    A router writes begin() and decide(); nets call start() and choose(), which see to mixed settings and the limit.
     price: the one budget dial: a charge per share of a unit's multiply-adds, subtracted from the score of whatever would
     run. 0 is the trained point. price_limits: where the dial's end stops lie (beyond them nothing changes any more).
+    setting: the dial as calibrated for a target: one price, or two. limit: what no image may exceed, whatever the price.
     train_only: names of submodules that a deployed net does without. remarks: what the user is told when training starts.
     pooled: decide() looks at nothing but the mean of a feature map over its pixels, so that it may be given (B, C, 1, 1).
     """
 
-    price: float = 0.0
+    setting: Setting = Setting()
+    limit: Limit | None = None
     price_limits: tuple[float, float] = (-1e4, 1e4)
     train_only: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -40,6 +57,16 @@ class Router(nn.Module):
         super().__init__()
         self.specs = list(specs)
 
+    @property
+    def price(self) -> float:
+        """The price that holds for the images at hand; setting it sets it for all."""
+        return self.setting.price
+
+    @price.setter
+    def price(self, price: float) -> None:
+        """One price for all images."""
+        self.setting = Setting(price)
+
     def begin(self, x_BCHW: Tensor) -> State:
         """State before the first unit, from the images; None is fine."""
         return None
@@ -47,13 +74,65 @@ class Router(nn.Module):
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
         """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit.
 
-        Every tensor of a state has the images as its first dimension, and none of them shares memory with x_BCHW.
+        The state must not share memory with x_BCHW, which the unit may overwrite.
         """
         raise NotImplementedError("a router must write decide()")
 
     def macs(self) -> float:
         """Multiply-adds of all decisions of one image, counted as for the net."""
         return 0.0
+
+    def start(self, x_BCHW: Tensor) -> Journey:
+        """begin(), for each price of the setting with the images that it holds for."""
+        spent = self.limit.start(len(x_BCHW), x_BCHW.device) if self.limit else None
+        groups: list[tuple[Tensor | None, Setting]] = [(None, self.setting)]
+        if self.setting.part:
+            other_B = draws(image_hash(x_BCHW), MIXED, 1)[:, 0] < self.setting.part
+            split = ((~other_B, self.setting.price), (other_B, self.setting.other))
+            groups = [(own_B.nonzero()[:, 0], Setting(price)) for own_B, price in split if own_B.any()]
+        begun = []
+        for rows, setting in groups:
+            with _standing(self, setting):
+                begun.append((rows, setting, self.begin(_of(x_BCHW, rows))))
+        return Journey(tuple(begun), spent)
+
+    def choose(self, u: int, x_BCHW: Tensor, journey: Journey) -> tuple[Decision, Journey]:
+        """decide() for each group of images, put together in their order, and lowered where the limit asks for it."""
+        decided, groups = [], []
+        for rows, setting, state in journey.groups:
+            with _standing(self, setting):
+                decision, after = self.decide(u, _of(x_BCHW, rows), state)
+            decided.append(decision)
+            groups.append((rows, setting, after))
+        decision = _together([rows for rows, _, _ in groups], decided)
+        spent = journey.spent
+        if self.limit and spent:
+            keep_BG, spent = self.limit.lowered(u, decision.keep_BG, spent)
+            decision = decision._replace(keep_BG=keep_BG)
+        return decision, Journey(tuple(groups), spent)
+
+
+@contextmanager
+def _standing(router: Router, setting: Setting) -> Iterator[None]:
+    """The dial at one group's setting."""
+    before, router.setting = router.setting, setting
+    try:
+        yield
+    finally:
+        router.setting = before
+
+
+def _of(x_BCHW: Tensor, rows: Tensor | None) -> Tensor:
+    return x_BCHW if rows is None else x_BCHW[rows]
+
+
+def _together(rows: list[Tensor | None], decided: list[Decision]) -> Decision:
+    """The decisions of groups of images as one, in the order of the images."""
+    if len(decided) == 1:
+        return decided[0]
+    order_B = torch.cat([own for own in rows if own is not None]).argsort()
+    notes = {name: torch.cat([d.notes[name] for d in decided])[order_B] for name in decided[0].notes}
+    return Decision(torch.cat([d.keep_BG for d in decided])[order_B], notes)
 
 
 class Net(Protocol):

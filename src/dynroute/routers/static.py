@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dynroute.contracts import Decision, UnitSpec, spread
 from dynroute.routers.base import Net, Phase, Router, State, cross_entropy, legal, ranged, stacked
+from dynroute.routers.draws import draws, image_hash
 
 
 @dataclass
@@ -78,10 +79,9 @@ class StaticRouter(Router):
 
 
 class RandomRouter(Router):
-    """Each part runs with probability rate - price. The random numbers are a hash of the image, in whole numbers:
+    """Each part runs with probability rate - price, by random numbers that belong to the image (see `draws`).
 
-    sums of floats would depend on the batch they are computed in, and the same image could get two routes. Of alternatives
-    one runs, the dearer the more of the draws succeed. Ours.
+    Of alternatives one runs, the dearer the more of the draws succeed. Ours.
     """
 
     price_limits = (-1.0, 1.0)
@@ -93,25 +93,14 @@ class RandomRouter(Router):
 
     def begin(self, x_BCHW: Tensor) -> State:
         """A 31-bit number for each image; in training the draws are random instead."""
-        levels_BN = (x_BCHW.flatten(1) * 64).round().long()
-        weights_N = torch.arange(1, levels_BN.shape[1] + 1, device=x_BCHW.device) * 2_654_435_761 % 2_147_483_647
-        return (levels_BN * weights_N).sum(1) % 2_147_483_647
+        return image_hash(x_BCHW)
 
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
         """Independent draws for the parts of unit u, made legal."""
         spec = self.specs[u]
         fresh = (len(x_BCHW), spec.parts)
-        draws_BG = torch.rand(fresh, device=x_BCHW.device) if self.training else _draws(state, u, spec.parts)
+        draws_BG = torch.rand(fresh, device=x_BCHW.device) if self.training else draws(state, u, spec.parts)
         return Decision(_drawn((draws_BG < self.rate - self.price).float(), spec), {}), state
-
-
-def _draws(seed_B: Tensor, u: int, parts: int) -> Tensor:
-    """Uniform numbers in [0, 1) from a whole number each: two rounds of multiply-and-mix, exact on every device."""
-    step_G = torch.arange(u * 64, u * 64 + parts, device=seed_B.device) + 1
-    mixed_BG = (seed_B[:, None] + step_G * 1_640_531_527) % 2_147_483_647
-    for factor in (48_271, 69_621):  # multipliers of well-tested Lehmer generators modulo 2^31 - 1
-        mixed_BG = (mixed_BG ^ (mixed_BG >> 15)) * factor % 2_147_483_647
-    return mixed_BG.double() / 2_147_483_647
 
 
 def _drawn(keep_BG: Tensor, spec: UnitSpec) -> Tensor:

@@ -1,0 +1,113 @@
+"""One net for any budget, a net for each budget, and the dial alone on a net of one budget, beside the static nets.
+
+    python experiments/budget_curves.py [experiments/results/budget] [--out FOLDER]
+
+Reads METHOD_any.csv, METHOD_40.csv, METHOD_60.csv, METHOD_80.csv and static_*.csv as `make budget` leaves them, and writes
+budget.csv (a row a point; any_vs_each: top-1 of METHOD_any less that of the net of the same target, in points of a percent),
+budget.png and budget.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dynroute.contracts import InputError
+from dynroute.records import read_eval, write_rows
+from dynroute.report.plots import COLOURS, MARKERS, STYLE, save
+
+METHODS = {"dmnn": "DMNN", "rnp": "RNP"}
+TARGETS = (0.4, 0.6, 0.8)
+MIDDLE = 0.6  # of the net whose dial alone is turned
+SERIES = {"any": "one net for any budget", "each": "a net for each budget", "dial": f"the dial of the net for {MIDDLE}"}
+COLUMNS = ("method", "series", "run", "flops_target", "macs_share", "top1", "n", "any_vs_each")
+Point = dict[str, Any]
+
+
+def rows_of(folder: Path, name: str) -> list[Point]:
+    """A run's own test rows without a limit on every image; none where it has not been evaluated."""
+    path = folder / f"{name}.csv"
+    rows = read_eval(path) if path.exists() else []
+    return [r for r in rows if r["split"] == "test" and not r["control"] and r["flops_max"] is None]
+
+
+def points(folder: Path) -> list[Point]:
+    """Every point of the picture, series by series."""
+    made: list[Point] = []
+
+    def add(method: str, series: str, rows: list[Point]) -> None:
+        made.extend({**row, "method": method, "series": series, "any_vs_each": None} for row in rows)
+
+    for path in sorted(folder.glob("static_*.csv")):
+        add("static", "static", rows_of(folder, path.stem))
+    for method in METHODS:
+        add(method, "any", [r for r in rows_of(folder, f"{method}_any") if r["flops_target"] is not None])
+        for target in TARGETS:
+            own = rows_of(folder, f"{method}_{100 * target:.0f}")
+            add(method, "each", [r for r in own if r["flops_target"] == target])
+        own = rows_of(folder, f"{method}_{100 * MIDDLE:.0f}")
+        add(method, "dial", [r for r in own if r["flops_target"] is not None])
+    each = {(p["method"], p["flops_target"]): p["top1"] for p in made if p["series"] == "each"}
+    for point in made:
+        other = each.get((point["method"], point["flops_target"]))
+        if point["series"] == "any" and other is not None:
+            point["any_vs_each"] = 100 * (point["top1"] - other)
+    return sorted(made, key=lambda p: (p["method"], p["series"], p["macs_share"]))
+
+
+def draw(made: list[Point], out: Path) -> list[Path]:
+    """A panel for each method, the static nets in both."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(METHODS), 3.8), layout="constrained")
+        axes = figure.subplots(1, len(METHODS), sharey=True, squeeze=False)[0]
+        for ax, (method, title) in zip(axes, METHODS.items(), strict=True):
+            ax.set_title(title, loc="left", fontweight="bold")
+            ax.set_xlabel("share of the dense net's FLOPs (multiply-adds), %")
+            ax.grid(color="0.9", linewidth=0.6)
+            static = [p for p in made if p["series"] == "static"]
+            ax.plot(*_xy(static), color="black", marker="s", linestyle="--", label="a static net of each width")
+            for place, (series, label) in enumerate(SERIES.items()):
+                own = [p for p in made if (p["method"], p["series"]) == (method, series)]
+                line = "none" if series == "each" else "-"
+                ax.plot(*_xy(own), color=COLOURS[place], marker=MARKERS[place], linestyle=line, label=label)
+            ax.legend(frameon=False, fontsize=8, loc="lower right")
+        axes[0].set_ylabel("top-1, %")
+        save(figure, out / "budget.png", {"Software": None})
+        save(figure, out / "budget.svg", {"Date": None, "Creator": None})
+    return [out / "budget.png", out / "budget.svg"]
+
+
+def _xy(own: list[Point]) -> tuple[list[float], list[float]]:
+    return [100 * p["macs_share"] for p in own], [100 * p["top1"] for p in own]
+
+
+def main(words: list[str] | None = None) -> int:
+    """Write the table and the pictures; prints how far the one net is from the net of each budget."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("experiments/results/budget"))
+    parser.add_argument("--out", type=Path, help="[FOLDER_comparison]")
+    given = parser.parse_args(words)
+    out = given.out or given.folder.with_name(f"{given.folder.name}_comparison")
+    try:
+        made = points(given.folder)
+        if not made:
+            raise InputError(f"{given.folder} holds no rows of `make budget`")
+        write_rows(out / "budget.csv", [{name: point[name] for name in COLUMNS} for point in made], COLUMNS)
+    except InputError as error:
+        print(f"budget_curves.py: {error}", file=sys.stderr)
+        return 2
+    for point in made:
+        if point["any_vs_each"] is not None:
+            print(f"{point['method']} at {point['flops_target']:g}: {point['any_vs_each']:+.2f} points")
+    for path in [out / "budget.csv", *draw(made, out)]:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

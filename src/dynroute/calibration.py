@@ -1,0 +1,191 @@
+"""From a FLOPs target to a router's setting: what was measured on calibration images, and what follows from it. No torch.
+
+A dial is measured at prices; each gives the mean share of the calibration images and how much single images differ. Among
+the prices a chain is kept along which the share falls as the price rises. A target that a link of the chain meets gets that
+price; one between two links gets both, mixed so that the expected share is the target. So the map is monotone: a higher
+target never has a lower expected share. A share is a part of the dense net's multiply-adds. All ours.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dynroute.contracts import InputError, OutOfReach, Setting
+from dynroute.records import BUDGET_FILE, write_text
+
+TOLERANCE = 0.02  # a target is missed when the reached share is further away
+EXACT = 0.002  # a price whose share is as near as this is used alone
+CLOSE = 0.01  # two prices whose shares are as near as this are mixed without a search for one in between
+Z95 = 1.959964  # of the normal distribution, two-sided
+FORMAT = 2  # of budget.json; the first had no spread
+
+
+class Point(NamedTuple):
+    """A price, the mean share of the calibration images at it, and the standard deviation of single images' shares."""
+
+    price: float
+    share: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A setting and the share to expect of new images, with the ends of its 95 % interval (normal, of the mean)."""
+
+    setting: Setting
+    share: float
+    low: float
+    high: float
+
+
+@dataclass
+class Calibration:
+    """The points measured so far, by price, over so many images; targets that were searched for and need no search again."""
+
+    images: int
+    points: dict[float, Point] = field(default_factory=dict)
+    searched: set[float] = field(default_factory=set)
+
+    def add(self, price: float, share: float, spread: float) -> None:
+        """One more measured price."""
+        self.points[price] = Point(price, share, spread)
+
+    def chain(self) -> list[Point]:
+        """The longest sequence of points along which a cheaper share has a higher price, cheapest first.
+
+        Of prices with one share, the nearest to zero.
+        """
+        dearest_first = sorted(self.points.values())
+        best: list[list[Point]] = []  # the longest chain that ends in each point
+        for point in dearest_first:
+            before = [chain for chain in best if chain[-1].share >= point.share]
+            best.append([*max(before, key=_length, default=[]), point])
+        kept: dict[float, Point] = {}
+        for point in max(best, key=_length, default=[]):
+            share = round(point.share, 9)
+            if share not in kept or abs(point.price) < abs(kept[share].price):
+                kept[share] = point
+        return sorted(kept.values(), key=lambda point: point.share)
+
+    def span(self) -> tuple[float, float]:
+        """The lowest and the highest share that the chain reaches."""
+        chain = self.chain()
+        return chain[0].share, chain[-1].share
+
+    def fit(self, target: float) -> Fit:
+        """The setting for a target; out of reach, that of the nearest end."""
+        chain = self.chain()
+        near = min(chain, key=lambda point: (abs(point.share - target), abs(point.price)))
+        place = bisect.bisect([point.share for point in chain], target)
+        if abs(near.share - target) <= EXACT or place in (0, len(chain)):
+            return self._expected(Setting(near.price), near, near, 0.0)
+        cheap, dear = chain[place - 1], chain[place]
+        part = (target - cheap.share) / (dear.share - cheap.share)
+        return self._expected(Setting(cheap.price, dear.price, part), cheap, dear, part)
+
+    def within_reach(self, target: float) -> Fit:
+        """`fit`, or OutOfReach with the range."""
+        fit, (low, high) = self.fit(target), self.span()
+        if abs(fit.share - target) > TOLERANCE:
+            raise OutOfReach(
+                f"target {target:g} is out of reach: this net reaches {low:.3f} to {high:.3f} on calibration"
+            )
+        return fit
+
+    def gap(self, target: float) -> float:
+        """How far apart the shares are between which a target lies; 0 where one price meets it or nothing can."""
+        setting = self.fit(target).setting
+        return self.points[setting.other].share - self.points[setting.price].share if setting.part else 0.0
+
+    def _expected(self, setting: Setting, one: Point, two: Point, part: float) -> Fit:
+        share = (1 - part) * one.share + part * two.share
+        squares = (1 - part) * (one.spread**2 + one.share**2) + part * (two.spread**2 + two.share**2)
+        error = Z95 * math.sqrt(max(squares - share**2, 0.0) / max(self.images, 1))
+        return Fit(setting, share, share - error, share + error)
+
+
+def _length(chain: list[Point]) -> tuple[int, float]:
+    """Points of a chain that begins dearest; of two as long, the one that reaches further."""
+    return len(chain), chain[0].share - chain[-1].share
+
+
+def read_budget(folder: Path, fingerprint: str, limit: float | None = None) -> Calibration | None:
+    """What a run's budget.json holds for a limit on every image (None: without one); None where it holds nothing.
+
+    fingerprint: of the checkpoint; what was measured with another one is not returned, nor is that of an older format. Raises
+    InputError for a broken file.
+    """
+    try:
+        content = _content(folder)
+        if content.get("format") != FORMAT or content["checkpoint"] != fingerprint:
+            return None
+        for dial in content["dials"]:
+            if dial["flops_max"] == limit:
+                points = {float(row[0]): Point(*map(float, row)) for row in dial["points"]}
+                return Calibration(int(content["images"]), points, {float(t["target"]) for t in dial["targets"]})
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise InputError(
+            f"{folder / BUDGET_FILE} is not a table of settings ({type(error).__name__}); delete it"
+        ) from None
+    return None
+
+
+def outdated(folder: Path) -> bool:
+    """Whether a run's budget.json is of an older format."""
+    try:
+        return _content(folder).get("format", FORMAT) != FORMAT or "settings" in _content(folder)
+    except (ValueError, AttributeError, OSError):
+        return False
+
+
+def write_budget(folder: Path, fingerprint: str, calibration: Calibration, limit: float | None = None) -> None:
+    """Store the points, dearest first, and the setting and expected share of each target searched for.
+
+    The dials of other limits stay, if they are of the same checkpoint.
+    """
+    try:
+        old = _content(folder)
+    except (ValueError, OSError):
+        old = {}
+    same = old.get("format") == FORMAT and old.get("checkpoint") == fingerprint
+    dials = [dial for dial in (old["dials"] if same else []) if dial["flops_max"] != limit]
+    targets = [{"target": target, **_flat(calibration.fit(target))} for target in sorted(calibration.searched)]
+    dials.append({"flops_max": limit, "points": sorted(calibration.points.values()), "targets": targets})
+    content = {"format": FORMAT, "checkpoint": fingerprint, "images": calibration.images, "dials": dials}
+    write_text(folder / BUDGET_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def _flat(fit: Fit) -> dict[str, float]:
+    plain = asdict(fit)
+    return {**plain.pop("setting"), **plain}
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """The file as it is; empty where there is none."""
+    path = folder / BUDGET_FILE
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
+
+
+def share_for_latency(rows: list[dict[str, str]], ms: float) -> float:
+    """The largest share at which an image takes at most so many milliseconds, linear between rows of a latency table.
+
+    rows: columns latency_ms_p50 and macs_share. Where noise has a dearer net run faster, the time of the cheaper one counts.
+    Raises OutOfReach where even the cheapest row is slower.
+    """
+    timed = sorted((float(row["macs_share"]), float(row["latency_ms_p50"])) for row in rows)
+    slowest = list(itertools.accumulate((time for _, time in timed), max))
+    if ms < slowest[0]:
+        ends = f"{slowest[0]:.3g} to {slowest[-1]:.3g} ms"
+        raise OutOfReach(f"{ms:g} ms an image is out of reach: the latency table has {ends}")
+    place = bisect.bisect(slowest, ms) - 1
+    share, time = timed[place][0], slowest[place]
+    if place + 1 == len(timed):
+        return share
+    return share + (timed[place + 1][0] - share) * (ms - time) / (slowest[place + 1] - time)

@@ -1,0 +1,111 @@
+"""--flops-max, --latency-target and --curve on the command line: what is written, printed and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dynroute import runs as made_runs
+from dynroute.cli import main
+from dynroute.records import read_eval, read_rows, write_rows
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def run(runs: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a trained run, not evaluated."""
+    left = shutil.ignore_patterns("eval.csv", "routes.csv", "budget.json")
+    return shutil.copytree(runs["dmnn"], tmp_path / "run", ignore=left)
+
+
+def evaluated(capsys: Capture, *words: str, status: tuple[int, ...] = (0, 3)) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["eval", *words, "--json"]) in status
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_row_says_what_to_expect_of_new_images(run: Path, capsys: Capture) -> None:
+    (row,) = evaluated(capsys, str(run), "--flops-target", "0.6", "--split", "calib")["rows"]
+    assert row["share_low"] <= row["share_calib"] <= row["share_high"]
+    assert abs(row["share_calib"] - 0.6) <= 0.002
+    assert (row["price_other"] is None) == (row["price_part"] is None)
+    assert read_eval(run / "eval.csv")[0]["share_low"] == pytest.approx(row["share_low"])
+
+
+def test_no_test_image_exceeds_the_limit_and_its_rows_stand_beside_the_others(run: Path, capsys: Capture) -> None:
+    for limit in ([], ["--flops-max", "0.5"]):
+        evaluated(capsys, str(run), "--flops-target", "0.4", *limit)
+    rows = read_eval(run / "eval.csv")
+    assert [row["flops_max"] for row in rows] == [None, 0.5]
+    macs = {
+        limit: [float(r["macs"]) for r in read_rows(run / "routes.csv") if r["flops_max"] == limit]
+        for limit in ("", "0.5")
+    }
+    assert len(macs[""]) == len(macs["0.5"]) == 100
+    assert max(macs["0.5"]) <= 0.5 * rows[1]["macs_dense"] < max(macs[""])
+
+
+def test_a_limit_that_no_route_keeps_is_status_3_with_the_range(run: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert main(["eval", str(run), "--flops-max", "0.01"]) == 3
+    out, err = capsys.readouterr()
+    assert "routes of this net cost" in err and err.count("\n") == 1 and not out
+
+
+def test_a_target_outside_the_range_is_status_3_with_the_range(run: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert main(["eval", str(run), "--flops-target", "0.001"]) == 3
+    assert "this net reaches" in capsys.readouterr().err
+
+
+def test_the_curve_has_ten_targets_from_end_to_end(run: Path, capsys: Capture) -> None:
+    found = evaluated(capsys, str(run), "--curve")
+    targets = [row["flops_target"] for row in found["rows"]]
+    assert len(targets) == 10 and targets == sorted(targets)
+    evaluator = made_runs.Evaluator.of(run)
+    low, high = evaluator.dial.span()
+    assert (targets[0], targets[-1]) == pytest.approx((low, high), abs=1e-4)
+    assert not evaluator.dial.calibration.searched ^ set(targets)
+    tops = [row["top1"] for row in found["rows"]]
+    assert min(tops) <= found["area"] <= max(tops)
+    assert [Path(f).name for f in found["files"]] == ["curve.csv", "curve.png", "curve.svg"]
+    assert all(Path(f).stat().st_size for f in found["files"])
+    assert len(read_rows(run / "curve.csv")) == 10
+
+
+def test_milliseconds_become_a_target_by_the_table_of_this_machine(run: Path, capsys: Capture) -> None:
+    assert main(["eval", str(run), "--latency-target", "3"]) == 2
+    assert f"dynroute bench {run}" in capsys.readouterr().err
+    own = {
+        "mode": "skipping",
+        "batch": 1,
+        "threads": torch.get_num_threads(),
+        "machine": made_runs.machine(torch.device("cpu")),
+    }
+    timed = [{**own, "flops_target": t, "latency_ms_p50": ms, "macs_share": t} for t, ms in ((0.4, 2.0), (0.8, 4.0))]
+    others = [
+        {**timed[0], **other, "latency_ms_p50": 9.0} for other in ({"mode": "masked"}, {"batch": 8}, {"machine": "x"})
+    ]
+    write_rows(run / "bench.csv", [*others, *timed])
+    (row,) = evaluated(capsys, str(run), "--latency-target", "3")["rows"]
+    assert row["flops_target"] == pytest.approx(0.6)
+    assert main(["eval", str(run), "--latency-target", "1"]) == 3
+    assert "out of reach" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--flops-max", "0"], "--flops-max is a share"), (["--flops-max", "1.5"], "--flops-max is a share"),
+     (["--latency-target", "0"], "--latency-target is a time"), (["--latency-target", "nan"], "--latency-target is a time")],
+)  # fmt: skip
+def test_shares_and_times_that_are_none(words: list[str], says: str, capsys: Capture) -> None:
+    for command in (["eval", "nowhere"], ["predict", "nowhere", "nothing.png"]):
+        assert main([*command, *words]) == 2
+        assert says in capsys.readouterr().err

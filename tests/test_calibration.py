@@ -1,0 +1,141 @@
+"""From targets to settings: the chain, mixes and intervals by hand, monotone whatever was measured, and what is stored."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynroute.calibration import (
+    EXACT,
+    Calibration,
+    outdated,
+    read_budget,
+    share_for_latency,
+    write_budget,
+)
+from dynroute.contracts import InputError, OutOfReach, Setting
+
+STEPS = [(-9.0, 1.0), (-0.5, 0.8), (0.0, 0.5), (0.5, 0.3), (9.0, 0.3)]
+
+
+def calibration(rows: list[tuple[float, float]], spread: float = 0.1, images: int = 400) -> Calibration:
+    made = Calibration(images)
+    for price, share in rows:
+        made.add(price, share, spread)
+    return made
+
+
+# --- targets to settings ----------------------------------------------------------------------------------------
+
+
+def test_a_target_that_a_price_meets_gets_that_price() -> None:
+    fit = calibration(STEPS).fit(0.501)
+    assert fit.setting == Setting(0.0) and fit.share == 0.5
+    half = 1.959964 * 0.1 / math.sqrt(400)
+    assert (fit.low, fit.high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+def test_a_target_between_two_prices_gets_both_by_hand() -> None:
+    fit = calibration(STEPS).fit(0.6)
+    assert (fit.setting.price, fit.setting.other, fit.setting.part) == pytest.approx((0.0, -0.5, 1 / 3))
+    assert fit.share == pytest.approx(0.6)
+    variance = 0.1**2 + (1 / 3) * (2 / 3) * 0.3**2  # within the two kinds of image, and between them
+    assert fit.high - fit.share == pytest.approx(1.959964 * math.sqrt(variance / 400))
+
+
+def test_the_trained_point_wins_among_prices_of_one_share() -> None:
+    assert calibration([(-9.0, 0.5), (0.0, 0.5), (9.0, 0.5)]).fit(0.5).setting == Setting(0.0)
+    assert calibration(STEPS).fit(0.3).setting == Setting(0.5)
+
+
+def test_prices_against_the_order_are_left_out() -> None:
+    rows = [*STEPS, (-0.2, 0.2), (0.2, 0.9)]  # cheaper than its dearer neighbours, and dearer than its cheaper ones
+    assert [point.price for point in calibration(rows).chain()] == [0.5, 0.0, -0.5, -9.0]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.floats(-5, 5), st.floats(0.05, 1.1)), min_size=1, max_size=25),
+    st.lists(st.floats(0.01, 1.0), min_size=2, max_size=12),
+)
+def test_a_higher_target_never_expects_less(rows: list[tuple[float, float]], targets: list[float]) -> None:
+    made = calibration(rows)
+    fits = [made.fit(target) for target in sorted(targets)]
+    shares = [fit.share for fit in fits]
+    assert shares == sorted(shares)
+    prices = [fit.setting.price for fit in fits]
+    assert prices == sorted(prices, reverse=True)
+    low, high = made.span()
+    for target, fit in zip(sorted(targets), fits, strict=True):
+        assert abs(fit.share - min(max(target, low), high)) <= EXACT + 1e-9
+        assert 0 <= fit.setting.part < 1 and fit.low <= fit.share <= fit.high
+
+
+def test_out_of_reach_is_said_with_the_range() -> None:
+    made = calibration(STEPS)
+    assert made.within_reach(0.29).share == 0.3  # missed by no more than is forgiven
+    with pytest.raises(OutOfReach, match=r"0\.2 is out of reach: this net reaches 0\.300 to 1\.000"):
+        made.within_reach(0.2)
+
+
+# --- budget.json ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_stored_is_read_again_by_limit_and_checkpoint(tmp_path: Path) -> None:
+    assert read_budget(tmp_path, "a") is None and not outdated(tmp_path)
+    free, capped = calibration(STEPS), calibration(STEPS[2:])
+    free.searched |= {0.6, 0.5}
+    write_budget(tmp_path, "a", free)
+    write_budget(tmp_path, "a", capped, 0.7)
+    write_budget(tmp_path, "a", free)
+    assert read_budget(tmp_path, "a") == free and read_budget(tmp_path, "a", 0.7) == capped
+    assert read_budget(tmp_path, "a", 0.8) is None and read_budget(tmp_path, "b") is None
+    stored = json.loads((tmp_path / "budget.json").read_text())
+    table = {entry["target"]: entry for dial in stored["dials"] for entry in dial["targets"]}
+    assert stored["images"] == 400 and sorted(table) == [0.5, 0.6]
+    assert Setting(*(table[0.6][name] for name in ("price", "other", "part"))) == free.fit(0.6).setting
+    assert table[0.6]["low"] < table[0.6]["share"] < table[0.6]["high"]
+    write_budget(tmp_path, "b", capped)  # another checkpoint: nothing of the old one stays
+    assert read_budget(tmp_path, "a") is None and read_budget(tmp_path, "b", 0.7) is None
+
+
+def test_the_first_format_is_outdated_and_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "budget.json").write_text('{"checkpoint": "a", "images": 9, "settings": [[0.0, 0.5]]}')
+    assert outdated(tmp_path) and read_budget(tmp_path, "a") is None
+    write_budget(tmp_path, "a", calibration(STEPS))
+    assert not outdated(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', '{"format": 2, "checkpoint": "a", "dials": [1]}'])
+def test_a_broken_file_is_said(content: str, tmp_path: Path) -> None:
+    (tmp_path / "budget.json").write_text(content)
+    with pytest.raises(InputError, match="is not a table of settings"):
+        read_budget(tmp_path, "a")
+
+
+# --- latency ----------------------------------------------------------------------------------------------------
+
+
+def table(*points: tuple[float, float]) -> list[dict[str, str]]:
+    return [{"macs_share": str(share), "latency_ms_p50": str(ms)} for share, ms in points]
+
+
+@pytest.mark.parametrize(("ms", "share"), [(2.0, 0.4), (3.0, 0.6), (5.0, 0.9), (6.0, 1.0), (99.0, 1.0)])
+def test_milliseconds_become_a_share(ms: float, share: float) -> None:
+    assert share_for_latency(table((0.8, 4.0), (0.4, 2.0), (1.0, 6.0)), ms) == pytest.approx(share)
+
+
+def test_a_dearer_net_that_ran_faster_is_noise() -> None:
+    rows = table((0.4, 2.0), (0.6, 4.0), (0.8, 3.0), (1.0, 5.0))
+    shares = [share_for_latency(rows, ms) for ms in (2.0, 3.0, 3.9, 4.0, 4.5, 5.0)]
+    assert shares == sorted(shares) and shares[1] == pytest.approx(0.5) and shares[3] == 0.8
+
+
+def test_too_short_a_time_is_out_of_reach() -> None:
+    with pytest.raises(OutOfReach, match="1 ms an image is out of reach: the latency table has 2 to 4 ms"):
+        share_for_latency(table((0.4, 2.0), (0.8, 4.0)), 1.0)
