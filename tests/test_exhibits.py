@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import tree
 from dynroute.cli import main
-from dynroute.data import DataOptions, Split, load
+from dynroute.data import Split
 from dynroute.data.spec import DataSpec
 from dynroute.exhibits import CLASSES, SIDE, ends, write_images
 from dynroute.measure import Scores
@@ -34,6 +34,21 @@ def test_the_ends_of_each_class_in_order() -> None:
     assert found[:4] == [(0, "cheapest", 0, 1), (0, "cheapest", 1, 2), (0, "dearest", 0, 3), (0, "dearest", 1, 0)]
     assert found[4:6] == [(1, "cheapest", 0, 4), (1, "cheapest", 1, 5)], "of equals the first"
     assert len({place for *_, place in found}) == 8, "no image stands at both ends"
+    assert [place for *_, place in ends(torch.zeros(8), torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 2]))] == [
+        0,
+        1,
+        2,
+        3,
+        7,
+        6,
+        5,
+        4,
+    ]
+
+
+def test_a_class_whose_images_all_cost_the_same_is_passed_over() -> None:
+    found = ends(torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 1, 1, 2]))
+    assert {label for label, *_ in found} == {1}
 
 
 def test_nothing_is_kept_where_all_cost_the_same_and_ten_classes_of_many() -> None:
@@ -66,18 +81,22 @@ def test_pixels_are_those_of_the_data_and_large_ones_made_smaller(tmp_path: Path
 
 
 def test_another_setting_is_added_and_unnamed_files_go(tmp_path: Path) -> None:
-    data = load(DataOptions(train_images=100, test_images=80, image_size=16))
-    labels = data.test.labels.tolist()
-    one = scores(labels, [float(i) for i in range(80)])
-    write_images(tmp_path, SETTING, one, data.test, data.spec)
-    first = {r["file"] for r in read_rows(tmp_path / "images.csv")}
-    write_images(tmp_path, SETTING | {"flops_target": "0.7"}, one, data.test, data.spec)
-    assert len(read_rows(tmp_path / "images.csv")) % 2 == 0
-    other = scores(labels, [float(40 - abs(40 - i)) for i in range(80)])
-    for target in ("0.5", "0.7"):
-        write_images(tmp_path, SETTING | {"flops_target": target}, other, data.test, data.spec)
-    named = {r["file"] for r in read_rows(tmp_path / "images.csv")}
-    assert {p.name for p in (tmp_path / "images").iterdir()} == named != first
+    split = Split(torch.zeros(30, 8, 8, 3, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64))
+    spec = DataSpec("x", 8, 1, ("a",))
+
+    def kept(target: str, macs: list[float]) -> list[int]:
+        write_images(tmp_path, SETTING | {"flops_target": target}, scores([0] * 30, macs), split, spec)
+        rows = read_rows(tmp_path / "images.csv")
+        assert {p.name for p in (tmp_path / "images").iterdir()} == {r["file"] for r in rows}
+        return sorted(int(r["index"]) for r in rows)
+
+    rising, middle = [float(i) for i in range(30)], [abs(14.5 - i) for i in range(30)]
+    edges = [*range(5), *range(25, 30)]
+    assert kept("0.5", rising) == edges
+    assert kept("0.7", rising) == sorted(2 * edges)
+    both = kept("0.5", middle)
+    assert len(both) == 20 and {12, 16} <= set(both)
+    assert len(set(kept("0.7", middle))) == 10
 
 
 @pytest.mark.parametrize("method", ["dmnn", "static"])

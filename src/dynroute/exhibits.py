@@ -21,7 +21,7 @@ from dynroute.measure import Scores
 from dynroute.records import CLASSES_FILE, IMAGES_FILE, IMAGES_FOLDER, UNITS_FILE, read_rows, write_rows
 
 ENDS = 5  # images from each end of a class's costs
-CLASSES = 10  # classes of which images are kept, evenly over their numbers
+CLASSES = 10  # classes of which images are kept
 SIDE = 64  # pixels; larger images are made smaller
 
 
@@ -67,20 +67,20 @@ def write_images(
 def ends(label_N: Tensor, macs_N: Tensor) -> list[tuple[int, str, int, int]]:
     """(label, cheapest or dearest, rank from that end, place in N) of the images to keep; none where all cost the same.
 
-    Ours: ten classes, evenly over those present, and five images from each end, fewer where a class has not ten; images of
-    equal cost in their order.
+    Ours: ten classes, evenly over those whose images differ in cost, and five images from each end of a class, fewer where it
+    has not ten; images of equal cost stand in the split's order, so that none is at both ends.
     """
-    if len(macs_N) == 0 or bool((macs_N == macs_N[0]).all()):
+    varied = [k for k in label_N.unique().tolist() if len(macs_N[label_N == k].unique()) > 1]
+    if not varied:
         return []
-    present = label_N.unique()
-    spaced = torch.linspace(0, len(present) - 1, min(CLASSES, len(present))).round().long()
+    spaced = torch.linspace(0, len(varied) - 1, min(CLASSES, len(varied))).round().long().tolist()
     found: list[tuple[int, str, int, int]] = []
-    for label in present[spaced].tolist():
+    for label in (varied[k] for k in spaced):
         places = (label_N == label).nonzero()[:, 0]
-        count = min(ENDS, len(places) // 2)
-        for end, costs in (("cheapest", macs_N[places]), ("dearest", -macs_N[places])):
-            first = places[torch.sort(costs, stable=True).indices[:count]].tolist()
-            found += [(label, end, rank, place) for rank, place in enumerate(first)]
+        ordered = places[torch.sort(macs_N[places], stable=True).indices].tolist()
+        count = min(ENDS, len(ordered) // 2)
+        for end, nearest in (("cheapest", ordered[:count]), ("dearest", ordered[::-1][:count])):
+            found += [(label, end, rank, place) for rank, place in enumerate(nearest)]
     return found
 
 

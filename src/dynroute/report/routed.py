@@ -102,7 +102,8 @@ def load(rows: Sequence[Row], left_out: list[LeftOut]) -> list[Routed]:
     for number, (file, part) in enumerate(own.groupby("routes_file", sort=False)):
         if number == MOST_RUNS:
             rest = own["routes_file"].nunique() - MOST_RUNS
-            left_out.append(LeftOut(Path(str(file)), f"and {rest - 1} more: routes are reported of {MOST_RUNS} runs"))
+            told = f"and {rest - 1} more runs: no route report" if rest > 1 else "no route report"
+            left_out.append(LeftOut(Path(str(file)), f"{told}, which is made of {MOST_RUNS} runs at most"))
             break
         named = [(str(label), rows[place]) for label, place in zip(part["label"], part["place"], strict=True)]
         try:

@@ -159,7 +159,7 @@ CELLS: dict[str, Callable[[RouteReport], str]] = {
     "dataset": lambda r: r.dataset,
     "target": lambda r: "" if r.flops_target is None else f"{r.flops_target:.2f}",
     "share": lambda r: f"{100 * r.share:.1f} %",
-    "images": lambda r: str(r.n),
+    "test images": lambda r: str(r.n),
     "top-1 %": lambda r: f"{100 * r.top1:.2f}",
     "distinct routes": lambda r: f"{r.routes}",
     "most common taken by": lambda r: f"{100 * r.common_share:.1f} %",

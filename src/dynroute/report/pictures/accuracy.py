@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FLOPS_COLUMNS = [*PLACE, "series", "flops_target", "share", "share_p5", "share_p95", "top1", "top1_std", "n_seeds"]
 CLOCK = list(Clock._fields)
 TIME_COLUMNS = [*PLACE, *CLOCK, "series", "flops_target", "latency_ms", "speedup", "top1", "n_seeds"]
+LINE = 0.2  # inches of a line of the legend
 MOST_CLOCKS = 8  # panels of accuracy against latency
 REPORTED = ", reported"
 FLOPS_WORDS = (
@@ -137,8 +138,16 @@ def _picture(
         ax.grid()
         ax.margins(0.06, 0.08)
         draw(ax, part, styles)
-    handles = [_handle(look, name) for name, look in styles.items()]
-    figure.legend(handles, short, loc="outside right upper", frameon=False, handlelength=3)
+    room = int(figure.get_figheight() / LINE) - 1
+    named = list(zip(styles.items(), short, strict=True))[: room if len(styles) > room else None]
+    handles = [_handle(look, series) for (series, look), _ in named]
+    names = [name for _, name in named]
+    if len(styles) > len(named):
+        handles, names = (
+            [*handles, _handle(Look("none", "", "none"), "")],
+            [*names, f"and {len(styles) - len(named)} more"],
+        )
+    figure.legend(handles, names, loc="outside right upper", frameon=False, handlelength=3)
     return finish(figure, data[columns], name, words, out)
 
 

@@ -25,7 +25,7 @@ ENDS = ("cheapest", "dearest")
 WORDS = (
     "The cheapest and the dearest images of a class",
     "Test images that cost least (left) and most (right) among those of their class; beside them the span of what they cost, "
-    "in % of the dense net's FLOPs. Of many classes ten, evenly over their numbers.",
+    "in % of the dense net's FLOPs. Of many classes ten, evenly over those whose images differ in cost.",
 )
 
 
@@ -94,7 +94,7 @@ def _grid(ax: Axes, routed: Routed, table: pd.DataFrame) -> None:
             text = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} - {high:.0f}"
             ax.text(right, labels.index(label) + 0.5, text, va="center", fontsize=8, clip_on=False)
     for end, x in zip(ENDS, (0.0, each + gap), strict=True):
-        ax.text(x, -0.15, end, fontsize=8, va="bottom")
+        ax.text(x, -0.15, f"{end}, % of FLOPs", fontsize=8, va="bottom")
     names = [routed.classes.get(int(label), f"class {label}") for label in labels]
     ax.set_yticks([y + 0.5 for y in range(len(labels))], shortened(names, 18), fontsize=8)
     ax.set_xticks([])
