@@ -2,18 +2,23 @@
 # make test    the test suite          make check   format, lint, types, tests
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
 # make budget  one net for any budget against a net for each
+# make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
+# make bench   how fast skipping is on this machine
 # make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
-CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 cascade_25_100 widths rnr dmnn rnp
+CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr dmnn rnp
 
+ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_40 rnp_60 rnp_80 dmnn_any dmnn_40 dmnn_60 dmnn_80
-CIFAR100 := baseline widths rnp vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
+SHAPES := dense widths rnr
+CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 
-.PHONY: demo test lint check format slow coverage cifar10 conv4 cifar100 budget table clean
+.PHONY: demo test lint check format slow coverage ablation budget cifar10 conv4 cifar100 table clean shapes pruned bench
+
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,24 +45,26 @@ coverage: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --cov --cov-report=term --cov-fail-under=90
 
 lint: .venv/ready
-	$(BIN)/ruff format --check src tests experiments
-	$(BIN)/ruff check src tests experiments
+	$(BIN)/ruff format --check src tests experiments benchmarks
+	$(BIN)/ruff check src tests experiments benchmarks
 	$(BIN)/mypy
 
 check: lint test
 
 format: .venv/ready
-	$(BIN)/ruff format src tests experiments
-	$(BIN)/ruff check --fix src tests experiments
+	$(BIN)/ruff format src tests experiments benchmarks
+	$(BIN)/ruff check --fix src tests experiments benchmarks
 
 # $(call rows,folder,names,targets): train, evaluate and keep the CSV of each. A run resumes where it was stopped; a finished
-# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled.
+# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled; the slimmable net
+# at its widths.
 define rows
 @for name in $(2); do \
-  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml data.path=$(DATA) --out runs/$(1)/$$name --resume && \
+  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml $(if $(filter shapes,$(1)),,data.path=$(DATA)) --out runs/$(1)/$$name --resume && \
   case $$name in \
     rn*|dmnn*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \
+    slimmable) $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,0.25 0.5 0.75 1,--flops-target $(t)) || test $$? -eq 3 ;; \
     *) $(BIN)/dynroute eval runs/$(1)/$$name ;; \
   esac && \
   mkdir -p experiments/results/$(1) && cp runs/$(1)/$$name/eval.csv experiments/results/$(1)/$$name.csv || exit 1; \
@@ -68,8 +75,26 @@ cifar10: .venv/ready
 	$(call rows,cifar10,$(CIFAR10),0.4 0.5 0.6 0.8)
 	@$(MAKE) table
 
+# Each row as trained and, at one cost for all, by the dial at 0.7; a run resumes where it was stopped.
+ablation: .venv/ready
+	@mkdir -p experiments/results/ablation
+	@for name in $(ABLATION); do \
+	  $(BIN)/dynroute train -c experiments/ablation/$$name.yaml --seeds 0,1,2 --out runs/ablation/$$name --resume && \
+	  for run in $$name-s0 $$name-s1 $$name-s2; do \
+	    $(BIN)/dynroute eval runs/ablation/$$run --controls && \
+	    { $(BIN)/dynroute eval runs/ablation/$$run --flops-target 0.7 --controls || test $$? -eq 3; } && \
+	    cp runs/ablation/$$run/eval.csv experiments/results/ablation/$$run.csv || exit 1; \
+	  done || exit 1; \
+	done
+	$(BIN)/dynroute compare experiments/results/ablation --out experiments/results/ablation_comparison
+
 conv4: .venv/ready
 	$(call rows,conv4,$(CONV4),0.18 0.23 0.31 0.61 0.87 0.95)
+
+# Do easy images cost less, where the difficulty of each is known?
+shapes: .venv/ready
+	$(call rows,shapes,$(SHAPES),0.4 0.5 0.6)
+	$(BIN)/python experiments/easy_is_cheap.py runs/shapes/rnr runs/shapes/dense --out experiments/results/shapes_easy.csv
 
 cifar100: .venv/ready
 	$(call rows,cifar100,$(CIFAR100),0.13 0.26 0.39 0.55 0.77)
@@ -79,12 +104,21 @@ budget: .venv/ready
 	$(BIN)/python experiments/budget_curves.py
 
 # The tables of README.md and docs/results.md, from the CSVs.
+# How fast skipping is, on this machine: the table of docs/performance.md.
+bench: .venv/ready
+	$(BIN)/python benchmarks/skipping.py
+	@$(MAKE) table
+
+# The tables of README.md, docs/results.md and docs/performance.md, from the CSVs.
 table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/cifar10 --out experiments/results/comparison
 	$(BIN)/python experiments/readme_table.py README.md experiments/results/comparison/table.md
 	$(BIN)/dynroute compare experiments/results/conv4 --out experiments/results/conv4_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/conv4_comparison/table.md
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/shapes_easy.csv easy_shapes
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/batchnorm.csv batchnorm
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build

@@ -4,7 +4,8 @@
 
 Both folders must have been evaluated on the same test images (`dynroute eval`). A row a target: the two mean shares, their
 difference with its 95 % interval (normal, two independent samples), the rank correlation of cost with the dense net's loss
-(Spearman), and the cheapest and the dearest class.
+(Spearman), and the cheapest and the dearest class. On `shapes`, also the rank correlation of cost with the difficulty that each
+image was drawn with, and the mean share of each fifth of the images, easiest first.
 """
 
 from __future__ import annotations
@@ -53,9 +54,23 @@ def rows(run: Path, dense: Path) -> list[dict[str, object]]:
                 "dearest_class_share": by_class.max(),
                 "n": len(part),
                 "n_dense_wrong": len(hard),
+                **(by_difficulty(share, part["difficulty"]) if "difficulty" in part else {}),
             }
         )
     return table
+
+
+def by_difficulty(share: pd.Series, difficulty: pd.Series) -> dict[str, object]:
+    """Spearman's correlation with its 95 % interval (Fisher's transformation, Fieller's variance), and shares by fifths."""
+    found = share.rank().corr(difficulty.rank())
+    reach = 1.96 * math.sqrt(1.06 / (len(share) - 3))
+    fifths = share.groupby(pd.qcut(difficulty, 5, labels=False)).mean()
+    return {
+        "rank_correlation_with_difficulty": found,
+        "difficulty_low_95": math.tanh(math.atanh(found) - reach),
+        "difficulty_high_95": math.tanh(math.atanh(found) + reach),
+        **{f"share_fifth_{k + 1}": value for k, value in enumerate(fifths)},
+    }
 
 
 def main() -> None:

@@ -23,11 +23,14 @@ def main(document: Path, table: Path, mark: str = "results") -> None:
 
 
 def from_csv(path: Path) -> str:
-    """A CSV as a Markdown table, turned on its side: a line for each of its columns."""
+    """A CSV as a Markdown table, turned on its side where it has more columns than rows."""
     with path.open(encoding="utf-8") as file:
-        columns = list(zip(*csv.reader(file), strict=True))
-    head, *lines = (f"| {' | '.join((name.replace('_', ' '), *values))} |" for name, *values in columns)
-    return "\n".join([head, "|---" * len(columns[0]) + "|", *lines])
+        names, *rows = csv.reader(file)
+    lines = [[name.replace("_", " ") for name in names], *rows]
+    if len(names) > len(rows):
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dynroute.cli import main
 from dynroute.contracts import Batch, InputError, spread
 from dynroute.data import DataSpec
 from dynroute.fit import OptimOptions, make_optimizers, set_modes
-from dynroute.measure import evaluate, latency, make_dial
+from dynroute.measure import evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import read_rows
 from dynroute.routers import ROUTERS, Phase, cross_entropy
@@ -262,14 +262,6 @@ def test_a_cascade_starts_from_dense_weights_and_has_none_itself() -> None:
     assert close(net_of(body).eval()(x, torch.ones(3, 2, 1)).logits_BK, wanted)
     with pytest.raises(InputError, match="no plain dense net"):
         body.dense_state()
-
-
-def test_time_is_measured_against_the_dense_net() -> None:
-    net = make_net("cascade", "cascade")
-    assert net.backbone.dense_net() is net.backbone.nets[1]  # type: ignore[comparison-overlap]
-    found = latency(net, pictures(2), repeats=1)
-    assert found.p50 > 0 and found.dense_p50 > 0
-    assert net.backbone.dense_net().dense_net() is net.backbone.dense_net()
 
 
 STATIC = ["router.name=static", "router.epochs=1", "backbone.parts=8"]

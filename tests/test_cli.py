@@ -17,7 +17,6 @@ from dynroute import cli, plugins
 from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.contracts import InputError
-from dynroute.measure import Latency
 from dynroute.records import EVAL_COLUMNS, read_eval, read_rows
 
 ROW = {
@@ -300,13 +299,3 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_eval_columns_hold_the_documented_names() -> None:
     assert set(EVAL_COLUMNS) >= ROW
-
-
-@pytest.mark.parametrize(("speedup", "warned"), [(0.9, True), (1.1, False)])
-def test_eval_says_where_flops_fall_and_time_does_not(
-    runs: dict[str, Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch, speedup: float, warned: bool
-) -> None:
-    clock = Latency(p50=1.0, dense_p50=speedup, batch=1, threads=1, device="cpu")
-    monkeypatch.setattr("dynroute.runs.latency", lambda *args: clock)
-    _, err = said(capsys, "eval", runs["static"], "--latency")
-    assert ("time does not: 0.90x" in err) == warned

@@ -190,9 +190,12 @@ def test_controls_stand_under_their_row_and_nowhere_else(tmp_path: Path) -> None
     assert list(table["n_seeds"]) == [1] * 6 + [2] * 4
     assert list(table["reached"]) == [None, None, True, None, None, None, True, None, None, None]
     versus = table["vs_static"]
-    assert versus[2] == pytest.approx(2.0) and versus[5] == pytest.approx(0.0)
-    shown = cells(table)
-    assert [line["control"] for line in shown] == list(table["control"])
+    assert versus[2] == pytest.approx(2.0) and versus[6] == pytest.approx(3.0)
+    assert len(cells(table)) == 4
+    lines = comparison.controls
+    assert list(lines["control"]) == ["static, narrower", *names[1:]] * 2
+    assert lines["difference"][2].tolist() == pytest.approx([2.0, -14.0, 2.0, 2.0])
+    assert lines["relation"][2].tolist() == ["equal", "cheaper", "equal", "equal"]
     drawn = list(csv.DictReader((tmp_path / "out" / "accuracy_flops.csv").open()))
     assert [(x["series"], float(x["share"])) for x in drawn] == [
         ("static", 0.25), ("static", 0.75), ("dmnn", 0.4), ("dmnn", 0.6),

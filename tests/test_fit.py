@@ -311,19 +311,21 @@ def test_modes_and_gradients_follow_the_phase(trains: tuple[str, ...]) -> None:
         assert all(p.requires_grad == (name in trains) for p in module.parameters())
 
 
-def test_only_convolutions_and_linear_layers_of_the_backbone_decay() -> None:
+@pytest.mark.parametrize("router_decay", [0.0, 0.003])
+def test_only_convolutions_and_linear_layers_decay(router_decay: float) -> None:
     net, _, _ = small("dmnn")
     options = OptimOptions(lr=0.2, weight_decay=0.01)
-    phase = Phase("p", 1, ("backbone", "router"), cross_entropy, lr_scale=0.5, router_scale=0.25)
+    both = ("backbone", "router")
+    phase = Phase("p", 1, both, cross_entropy, lr_scale=0.5, router_scale=0.25, router_decay=router_decay)
     (sgd,), (tops,) = make_optimizers(net, phase, options)
     decay = {id(p): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
     rate = {id(p): top for group, top in zip(sgd.param_groups, tops, strict=True) for p in group["params"]}
     assert len(decay) == sum(len(g["params"]) for g in sgd.param_groups) == len(list(net.parameters()))
-    for module in net.backbone.modules():
-        for name, p in module.named_parameters(recurse=False):
-            weighs = isinstance(module, nn.Conv2d | nn.Linear) and name == "weight"
-            assert (decay[id(p)], rate[id(p)]) == (0.01 if weighs else 0.0, 0.1)
-    assert {(decay[id(p)], rate[id(p)]) for p in net.router.parameters()} == {(0.0, 0.05)}
+    for part, weight, lr in ((net.backbone, 0.01, 0.1), (net.router, router_decay, 0.05)):
+        for module in part.modules():
+            for name, p in module.named_parameters(recurse=False):
+                weighs = isinstance(module, nn.Conv2d | nn.Linear) and name == "weight"
+                assert (decay[id(p)], rate[id(p)]) == (weight if weighs else 0.0, lr)
 
 
 def test_an_agent_has_its_own_adam() -> None:

@@ -202,6 +202,14 @@ def test_the_controller_by_hand() -> None:
     assert torch.equal(decision.keep_BG, logits.argmax(2).float())
 
 
+def test_rate_and_decay_of_the_gates_are_the_phases() -> None:
+    options = DmnnOptions(gate_lr=0.3, gate_decay=0.02)
+    (phase,) = phases(make_net("dmnn", "paths"), options)
+    assert (phase.router_lr, phase.router_scale, phase.router_decay) == (None, 0.3, 0.02)
+    (usual,) = phases(make_net("dmnn", "paths"), DmnnOptions())
+    assert (usual.router_scale, usual.router_decay) == (1.0, 0.0)
+
+
 def test_without_the_previous_state_there_is_no_w2() -> None:
     router = GateRouter(SPECS, DmnnOptions(previous=False)).eval()
     assert len(router.previous) == 0

@@ -27,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rnp": ONCE | {"pretrain_epochs": 0, "cnn_epochs": 1, "charge": [0.1], "alpha": 1.0},
     "rnr": ONCE | {"pretrain_epochs": 1, "cnn_epochs": 0, "charge": [0.0, 0.3], "alpha": 1.0},
     "dmnn": {"epochs": 4},
+    "slimmable": {"epochs": 4},
     "cascade": {"epochs": 2},
 }
 # loss of each epoch
@@ -36,6 +37,7 @@ GOLDEN = {
     "rnp": [2.387285, 2.047145, 2.380794, 4.280036],
     "rnr": [2.389469, 2.377311, 3.195181, 5.601031],
     "dmnn": [3.539721, 3.197257, 3.029282, 2.822403],
+    "slimmable": [9.515584, 9.207193, 8.23121, 7.752174],
     "cascade": [2.383602, 2.32524, 2.381699, 2.302491],
 }
 

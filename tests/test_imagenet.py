@@ -134,7 +134,7 @@ def test_channels_come_in_the_order_asked_for(rank: str) -> None:
 def test_the_fast_run_folds_the_head_too() -> None:
     backbone = make_backbone("mobilenet_v2", width=0, size=32)
     net = RoutedNet(backbone, make_router("static", backbone.specs))
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in FastNet(net).head.modules())
+    assert not any(isinstance(step, nn.BatchNorm2d) for step in FastNet(net).head.steps)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The dial on made-up nets, scores by hand, and latency's side conditions."""
+"""The dial on made-up nets, and scores by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynroute.calibration import CLOSE, EXACT, Fit
 from dynroute.contracts import Batch, Output, Setting, Trace
-from dynroute.measure import Dial, Scores, evaluate, latency, make_dial
+from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.skipping import FastNet
 from dynroute.testing import random_routes
 from tiny import PAIRS, make_net, pictures
@@ -181,22 +181,6 @@ def test_evaluating_twice_or_with_the_fast_run_gives_the_same(name: str, unit: s
     assert torch.equal(one.macs_N, two.macs_N) and torch.equal(one.loss_N, two.loss_N)
     assert torch.equal(fast.keep_NUG, one.keep_NUG)
     assert torch.allclose(fast.loss_N, one.loss_N, atol=1e-4)
-
-
-# --- latency ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_latency_is_positive_and_leaves_the_price(batch: int) -> None:
-    net = make_net("dmnn", "paths")
-    net.router.price = 0.25
-    images = pictures(4)
-    before = net(images).trace.keep_BUG
-    found = latency(net, images, batch=batch, repeats=3)
-    assert found.p50 > 0 and found.dense_p50 > 0
-    assert (found.batch, found.threads, found.device) == (batch, torch.get_num_threads(), "cpu")
-    assert net.router.price == 0.25
-    assert torch.equal(net(images).trace.keep_BUG, before)
 
 
 def test_random_routes_are_legal_for_the_span() -> None:

@@ -4,40 +4,79 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dynroute.contracts import InputError
 from dynroute.records import write_rows
 from dynroute.report import compare
-from dynroute.report.paired import Images, answers, paired, unpaired
-from dynroute.report.tables import cells
+from dynroute.report.paired import Answers, answers, over_seeds, paired, unpaired
+from dynroute.report.tables import control_cells
 from test_report import row, save
 
 
-def images(bits: str) -> Images:
-    return {(str(i), "0"): bit == "1" for i, bit in enumerate(bits)}
+def images(bits: str) -> Answers:
+    return Answers(f"first {len(bits)}".encode(), np.array([float(bit) for bit in bits]))
 
 
 def test_the_paired_interval_is_that_of_mcnemar() -> None:
     one, other = images("1111100000" * 10), images("1110000001" * 10)
     b, c, n = 20, 10, 100
     found = paired(one, [other], [1.0])
+    assert found
     half = 100 * 1.959964 * (b + c - (b - c) ** 2 / n) ** 0.5 / n
     assert found == pytest.approx((10.0, 10 - half, 10 + half))
-    assert found[2] - found[1] < unpaired(0.5, n, 0.4, n)[2] - unpaired(0.5, n, 0.4, n)[1]
+    apart = unpaired(0.5, n, [(0.4, n, 1.0)])
+    assert apart.points == pytest.approx(10) and found.high - found.low < apart.high - apart.low
     assert paired(one, [one], [1.0]) == pytest.approx((0, 0, 0))
 
 
 def test_other_images_have_no_paired_interval() -> None:
     assert paired(images("10"), [images("101")], [1.0]) is None
-    assert paired({}, [{}], [1.0]) is None
+    assert paired(images("10"), [None], [1.0]) is None
+    assert paired(None, [images("10")], [1.0]) is None
+    assert paired(images(""), [images("")], [1.0]) is None
 
 
-def routes(folder: Path, target: str, bits: str) -> None:
-    """A routes.csv whose images are right where the bit is 1."""
+def test_seeds_are_meaned_image_by_image() -> None:
+    both = over_seeds([images("1100"), images("1010")])
+    assert both and both.right_N.tolist() == [1, 0.5, 0.5, 0]
+    assert over_seeds([images("11"), None]) is None
+    assert over_seeds([images("11"), images("111")]) is None
+
+
+def routes(folder: Path, target: str, bits: str, first: int = 0) -> None:
+    """A routes.csv whose images are right where the bit is 1; written last image first."""
     setting = {"split": "test", "flops_target": target, "checkpoint": "last"}
-    rows = [{**setting, "index": i, "label": 0, "predicted": 1 - int(b)} for i, b in enumerate(bits)]
-    write_rows(folder / "routes.csv", rows)
+    rows = [{**setting, "index": first + i, "label": 0, "predicted": 1 - int(b)} for i, b in enumerate(bits)]
+    write_rows(folder / "routes.csv", rows[::-1])
+
+
+def test_answers_are_read_by_target_in_the_order_of_the_images(tmp_path: Path) -> None:
+    routes(tmp_path, "0.5", "1101")
+    text = (tmp_path / "routes.csv").read_text()
+    (tmp_path / "routes.csv").write_text(text + text.split("\n", 1)[1].replace("0.5", "").replace("last,3", "best,3"))
+    found = answers(tmp_path / "routes.csv")
+    assert found[0.5].right_N.tolist() == [1, 1, 0, 1]
+    assert found[None].right_N.tolist() == [1, 1, 0]  # image 3 is of another checkpoint
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("x,y\n1,2\n", "lacks the columns split"),
+        ("", "half-written"),
+        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,", "half-written"),
+        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1\n", "not a routes.csv"),
+        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,cat\n", "not a routes.csv"),
+        ("split,flops_target,checkpoint,index,label,predicted\ntest,half,last,0,1,1\n", "not a routes.csv"),
+        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,1,7,8\n", "not a routes.csv"),
+    ],
+)
+def test_a_broken_routes_file_is_an_input_error(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "routes.csv").write_text(content)
+    with pytest.raises(InputError, match=said):
+        answers(tmp_path / "routes.csv")
 
 
 def test_a_routed_row_stands_between_its_static_neighbours(tmp_path: Path) -> None:
@@ -45,29 +84,44 @@ def test_a_routed_row_stands_between_its_static_neighbours(tmp_path: Path) -> No
     paths = save(tmp_path, *static, row(0.5, 0.75, run="d", flops_target=0.5))
     for name, target, bits in (("st0.4", "", "1100"), ("st0.6", "", "1110"), ("d", "0.5", "1101")):
         routes(tmp_path / name, target, bits)
-    table = compare(paths, tmp_path / "out").table
-    (line,) = [r for r in table.to_dict("records") if r["method"] == "dmnn"]
+    made = compare(paths, tmp_path / "out")
+    (line,) = [r for r in made.table.to_dict("records") if r["method"] == "dmnn"]
     terms = [0.0, 0.0, -0.5, 1.0]  # right less the mean of both neighbours
     half = 196 * (sum(d * d for d in terms) / 4 - 0.125**2) ** 0.5 / 2
     assert line["vs_static"] == pytest.approx(12.5)
     assert (line["vs_static_low"], line["vs_static_high"]) == pytest.approx((12.5 - half, 12.5 + half), abs=1e-2)
+    assert list(made.controls["interval"]) == ["paired"] and made.left_out == []
+    routes(tmp_path / "d", "0.5", "1101", first=7)
+    assert list(compare(paths, tmp_path / "out").controls["interval"]) == ["independent"]  # other images
     (tmp_path / "d" / "routes.csv").write_text("x,y\n1,2\n")
     again = compare(paths, tmp_path / "out")
-    assert again.table["vs_static_low"].isna().all()
+    assert list(again.controls["interval"]) == ["independent"]
     (said,) = again.left_out
     assert said.path == tmp_path / "d" / "routes.csv" and "lacks the columns" in said.reason
     assert "routes.csv" in (tmp_path / "out" / "index.html").read_text()
-    with pytest.raises(InputError, match="lacks the columns split"):
-        answers(tmp_path / "d" / "routes.csv", None)
+
+
+def test_three_seeds_are_paired_by_their_mean(tmp_path: Path) -> None:
+    own = [row(0.5, t, run=f"d-s{i}", seed=i, flops_target=0.5) for i, t in enumerate((0.5, 0.75, 1.0))]
+    paths = save(tmp_path, row(0.5, 0.5, run="st", method="static", config_hash="st"), *own)
+    for name, target, bits in (
+        ("st", "", "1100"), ("d-s0", "0.5", "1100"), ("d-s1", "0.5", "1110"), ("d-s2", "0.5", "1111"),
+    ):  # fmt: skip
+        routes(tmp_path / name, target, bits)
+    made = compare(paths, tmp_path / "out")
+    (line,) = made.controls.to_dict("records")
+    assert (line["difference"], line["interval"], line["n_seeds"]) == (pytest.approx(25), "paired", 3)
+    terms = [0, 0, 2 / 3, 1 / 3]
+    half = 195.9964 * (sum(d * d for d in terms) / 4 - 0.25**2) ** 0.5 / 2
+    assert line["low"] == pytest.approx(25 - half)
+    assert control_cells(made.controls)[0]["top-1 %"] == "75.00 +- 25.00 (3)"
 
 
 def test_a_control_that_is_not_beaten_is_marked(tmp_path: Path) -> None:
     routed = [row(0.5, 0.9, flops_target=0.5), row(0.5, 0.89, flops_target=0.5, control="shuffled")]
     routed += [row(0.5, 0.895, flops_target=0.5, control="random")]
-    shown = {
-        r["control"]: r["routed less control"] for r in cells(compare(save(tmp_path, *routed), tmp_path / "o").table)
-    }
-    assert shown[""] == ""
-    assert shown["shuffled"] == "+1.00 (+0.15 to +1.85)"
-    assert shown["random"] == "+0.50 (-0.34 to +1.34) not beaten"
+    lines = control_cells(compare(save(tmp_path, *routed), tmp_path / "o").controls)
+    shown = {r["control"]: (r["difference"], r["95 % interval"], r["images"], r["verdict"]) for r in lines}
+    assert shown["shuffled"] == ("+1.00", "+0.15 to +1.85", "independent", "beaten")
+    assert shown["random"] == ("+0.50", "-0.34 to +1.34", "independent", "not beaten")
     assert "not beaten" in (tmp_path / "o" / "index.html").read_text()

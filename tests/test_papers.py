@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dynroute.records import merge_eval
 from dynroute.report import Comparison, compare, papers
 from test_report import row
 
-CIFAR = {"dataset": "cifar100", "backbone": "resnet50"}
+CIFAR = {"dataset": "cifar100", "backbone": "resnet50_cifar"}
 
 
 def compared(tmp_path: Path, *names: str, **runs: dict[str, Any]) -> Comparison:
@@ -166,22 +167,77 @@ def test_the_command_works_without_torch(tmp_path: Path) -> None:
 
 
 def test_a_missing_row_says_what_makes_it(tmp_path: Path) -> None:
-    """Every command of every row is one that `train` takes, and a file of experiments where it names one."""
+    """Every command of every row is one that `train` takes, names a file that exists, and trains as long as is counted."""
     from dynroute.config import load_config
 
     rows = [r for p in compared(tmp_path, "all").papers for r in p.rows]
+    root = Path(__file__).parents[1]
     for r in rows:
         assert bool(r["to_make_command"]) == bool(r["to_make_data"]) == (r["to_make_hours"] is not None)
         assert bool(r["to_make_command"]) != bool(r["to_make_lacks"])
+        epochs, made = 0, set()
         for step in filter(None, r["to_make_command"].split(" && ")):
             program, verb, *words = step.split()
+            if program == "python":
+                assert (root / verb).exists() and words[0] in made
+                epochs += int(words[words.index("--epochs") + 1])
+                continue
             assert (program, verb) in (("dynroute", "train"), ("dynroute", "eval"))
-            if verb == "train":
-                file = Path(__file__).parents[1] / words[words.index("-c") + 1] if "-c" in words else None
-                config = load_config(file, [w for w in words if "=" in w])
-                assert config.backbone.name == papers.recipes.backbone(r)
-    assert sum(bool(r["to_make_command"]) for r in rows) == 55
-    assert {r["method"] for r in rows if r["to_make_lacks"]} >= {"jaderberg", "convnet-aig", "slimmable-0.75"}
+            if verb == "eval":
+                assert words[0] in made
+                continue
+            file = root / words[words.index("-c") + 1] if "-c" in words else None
+            config = load_config(file, [w for w in words if "=" in w])
+            assert config.backbone.name == papers.recipes.backbone(r)
+            assert config.data.name == r["dataset"]
+            made.add(words[words.index("--out") + 1] if "--out" in words else f"runs/{config.name}")
+            passes = len(config.router.widths) if config.router_name == "slimmable" else 1  # of each minibatch
+            epochs += passes * trained_epochs(config.router)
+            if r["target"] is not None:
+                assert (config.router.target, config.backbone.parts) == (r["target"], r["sub_blocks"] or 1)
+        macs = papers.recipes.DENSE_MACS[f"{r['backbone']}/{r['dataset']}"]
+        assert r["to_make_hours"] in (None, papers.recipes.hours(r["dataset"], macs, epochs)), r
+    lacking = {r["method"] for r in rows if r["to_make_lacks"]}
+    assert lacking == {"jaderberg", "asymmetric"}
+
+
+def trained_epochs(router: Any) -> int:
+    """All epochs of a router's options."""
+    once = {name: value for name, value in vars(router).items() if name.endswith("epochs")}
+    rounds = once.pop("agent_epochs", 0) + once.pop("cnn_epochs", 0)
+    return int(sum(once.values()) + getattr(router, "rounds", 0) * rounds)
+
+
+def test_a_run_trained_for_the_papers_target_stands_at_its_trained_point(tmp_path: Path) -> None:
+    place = {"dataset": "imagenet", "backbone": "resnet50"}
+    for name, target in (("asked", 0.7), ("trained", None)):
+        merge_eval(
+            tmp_path / name / "eval.csv", row(0.78, 0.77, run=name, config_hash=name, flops_target=target, **place)
+        )
+        (tmp_path / name / "config.yaml").write_text("backbone: {parts: 2}\nrouter: {name: dmnn, target: 0.7}\n")
+    for left, wanted in ((["asked", "trained"], "trained"), (["asked"], "dmnn")):
+        (paper,) = compare([tmp_path / n for n in left], tmp_path / "out", ["dmnn:tab1"]).papers
+        (found,) = [r for r in paper.rows if r["run"]]
+        assert (found["run"], found["target"], found["sub_blocks"]) == (wanted, 0.7, 2)
+
+
+def test_controls_of_the_papers_stand_for_their_rows(tmp_path: Path) -> None:
+    """ResNeXt is a static net of another backbone; ConvNet-AIG is told by its resource loss; pruned nets by their method."""
+    place = {"dataset": "imagenet", "flops_target": None}
+    runs = {
+        "x": row(1.0, 0.77, method="static", backbone="resnext50_2x40d", **place),
+        "aig": row(0.77, 0.76, backbone="resnet50", **place),
+        "taylor": row(0.7, 0.75, method="prune_taylor", backbone="resnet50", **place),
+    }
+    for name, each in runs.items():
+        merge_eval(tmp_path / name / "eval.csv", replace(each, run=name, config_hash=name))
+    told = "backbone: {parts: 1}\nrouter: {name: dmnn, target: 0.7, resource: aig, category: false, previous: false}\n"
+    (tmp_path / "aig" / "config.yaml").write_text(told)
+    first, ablation = compare([tmp_path / n for n in runs], tmp_path / "out", ["dmnn:tab1", "dmnn:tab4"]).papers
+    assert {r["method"]: r["reproduced_top1_error_pct"] for r in first.rows if r["run"]} == pytest.approx(
+        {"resnext-2x40d": 23, "convnet-aig": 24, "taylor-pruning": 25}
+    )
+    assert not [r for r in ablation.rows if r["run"]]
 
 
 def test_the_number_of_sub_blocks_and_the_ablation_tell_runs_apart(tmp_path: Path) -> None:

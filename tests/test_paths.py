@@ -220,9 +220,10 @@ def test_sub_blocks_of_basic_blocks_are_widened_where_asked_for() -> None:
 # --- the covariance fold ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("make", [bottleneck, inverted])
-def test_the_covariance_fold_is_exact(make: Any, gated: bool) -> None:
+def test_the_covariance_fold_is_exact(make: Any, gated: bool, layout: torch.memory_format) -> None:
     """Outputs, all gradients and running statistics as of one BatchNorm for each sub-block, in float64; a dead channel too."""
     results = []
     for fold in (True, False):
@@ -232,11 +233,27 @@ def test_the_covariance_fold_is_exact(make: Any, gated: bool) -> None:
         torch.manual_seed(1)
         with torch.no_grad():
             unit.bn2.weight[1], unit.bn2.bias[1] = 0, -1  # dead after the ReLU
-        x = (torch.randn(5, 6, SIZE, SIZE, dtype=torch.float64) + 100).requires_grad_()
+        x = (torch.randn(5, 6, SIZE, SIZE, dtype=torch.float64) + 100).contiguous(memory_format=layout).requires_grad_()
         keep = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]]).double().requires_grad_()
         y = unit(x, keep if gated else None)
-        y.backward(torch.randn_like(y))
+        y.backward(torch.randn(y.shape, dtype=torch.float64))  # by shape: the two may lie in memory in different orders
         grads = [x.grad, keep.grad if gated else x.grad, *(p.grad for p in unit.parameters())]
         results.append([y.detach(), *grads, *(b.double() for b in unit.buffers())])
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [bottleneck, inverted])
+def test_the_covariance_fold_under_autocast_is_the_plain_form_but_for_rounding(make: Any) -> None:
+    outputs = []
+    for fold in (True, False):
+        unit = make(2).train()
+        unit.fold = fold
+        torch.manual_seed(1)
+        x, keep = torch.randn(8, unit.spec.in_channels, SIZE, SIZE), torch.tensor([[1.0, 0], [1, 1]]).repeat(4, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = unit(x, keep)
+        y.float().square().sum().backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in unit.parameters())
+        outputs.append(y.detach().float())
+    assert torch.allclose(*outputs, atol=0.1, rtol=0.05)

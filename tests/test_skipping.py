@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dynroute.skipping import FastNet, Key, folded
+from dynroute.net import RoutedNet
+from dynroute.skipping import FastNet, cache, kernels, packed_works
+from dynroute.skipping.cache import Key, Programs
+from dynroute.skipping.executor import reordered
+from dynroute.skipping.kernels import Conv
+from dynroute.skipping.lowering import straight
+from dynroute.skipping.unit import MASKED, SORTED, VIEWS
 from dynroute.testing import close, count_macs, random_routes, shake
 from dynroute.units import FORMS
 from tiny import BLOCK_FORMS, PAIRS, make_net, pictures
+
+FORM_NAMES = (VIEWS, SORTED, MASKED)
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
@@ -65,7 +73,7 @@ def test_routes_differ_in_these_tests() -> None:
 def test_a_grouped_minibatch_costs_what_its_images_cost_alone(unit: str) -> None:
     net, x = make_net("static", unit), pictures(8)
     keep = routes(unit, "random", 8)
-    together = count_macs(FastNet(net), x, keep)
+    together = count_macs(FastNet(net, packed=False), x, keep)
     assert together == float(net.cost(keep).sum())
     assert together < 8 * net.cost.dense
 
@@ -80,52 +88,157 @@ def test_the_order_of_images_does_not_matter(unit: str) -> None:
     assert torch.equal(two.macs_B, one.macs_B[order])
 
 
-@pytest.mark.parametrize("cache", [1, 3])
-def test_the_cache_stays_within_its_bound(cache: int) -> None:
-    net, x = make_net("static", "paths", parts=4), pictures(8)
-    keep = random_routes(net.backbone.specs, 8)
-    small, large = FastNet(net, cache), FastNet(net)
-    for _ in range(2):
-        assert close(small(x, keep).logits_BK, large(x, keep).logits_BK)
-        assert len(small.modules) <= cache
-    assert len(large.modules) == sum(len(keep[:, u].unique(dim=0)) for u in range(3))
+def weights_of(net: RoutedNet) -> int:
+    return 4 * sum(p.numel() for p in net.backbone.parameters())
+
+
+@pytest.mark.parametrize("memory", [0.3, 1.0, 2.5, 100.0])
+@pytest.mark.parametrize(("backbone", "unit"), [("resnet8", "paths"), ("resnet8", "channels"), ("conv4", "channels")])
+def test_memory_stays_within_its_bound(backbone: str, unit: str, memory: float) -> None:
+    net, x = make_net("static", unit, parts=4, name=backbone), pictures(32)
+    keep = random_routes(net.backbone.specs, 32)
+    small, wanted = FastNet(net, memory), net(x, keep).logits_BK
+    for _ in range(3):
+        assert close(small(x, keep).logits_BK, wanted)
+    one = max(small.programs.sizes.values())  # a single pattern is kept even where it alone is too much
+    assert small.programs.bytes <= max(memory * weights_of(net), one)
+
+
+def test_patterns_without_room_run_in_pieces_that_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = make_net("static", "paths", parts=4), pictures(32)
+    keep = random_routes(net.backbone.specs, 32)
+    fast = FastNet(net, memory=2.2)
+    for _ in range(3):
+        fast(x, keep)
+    assert len(fast.programs.kept) < sum(len(keep[:, u].unique(dim=0)) for u in range(3))
+    assert all(sum(key.own) <= 2 for key in fast.programs.pieces)
+    monkeypatch.setattr(cache, "lower", lambda *args: pytest.fail("made again"))
+    assert close(fast(x, keep).logits_BK, net(x, keep).logits_BK)
+
+
+def test_what_is_asked_for_more_often_takes_the_room() -> None:
+    net = make_net("static", "paths", parts=4)
+    unit = net.backbone.routable[2]
+    programs = Programs([unit], 3 * 4 * sum(p.numel() for p in unit.parameters()), packed=False)
+    often, seldom = ((True, True, True, False), (False, True, True, True))
+    room = programs.limit - programs.set_aside
+    for own in (seldom, *[often] * 40):
+        programs.of(Key(0, own, None))
+    assert programs.sizes[Key(0, often, None)] < room < 2 * programs.sizes[Key(0, often, None)]
+    assert list(programs.kept) == [Key(0, often, None)]
 
 
 def test_modules_are_made_once_and_the_oldest_goes_first() -> None:
-    net, x = make_net("static", "paths"), pictures(1)
-    fast = FastNet(net, cache=4)  # three units: one route fits, two do not
-    on, off = routes("paths", "on", 1), routes("paths", "off", 1)
-    fast(x, on)
-    made = dict(fast.modules)
-    fast(x, on)
-    assert all(fast.modules[key] is module for key, module in made.items())
-    fast(x, off)
-    assert list(fast.modules)[-3:] == [(u, (False, False), None) for u in range(3)]
-    assert len(fast.modules) == 4
+    net, x = make_net("static", "channels", parts=4), pictures(1)
+    whole = FastNet(net)
+    whole(x, net.dense_routes(1))
+    made = dict(whole.programs.kept)
+    whole(x, net.dense_routes(1))
+    assert all(whole.programs.kept[key] is program for key, program in made.items())
+    tight = FastNet(net, memory=1.1)
+    narrow = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(1, 3, 4)
+    for keep in (net.dense_routes(1), narrow):
+        tight(x, keep)
+    last = (True, True, True, False)
+    assert [key for key in tight.programs.kept if key.unit == 2] == [Key(2, last, None)]
 
 
 @pytest.mark.parametrize("unit", BLOCK_FORMS)
 @pytest.mark.parametrize("images", [2, 8])
 def test_channels_last_is_kept(unit: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = make_net("static", unit).to(memory_format=torch.channels_last)
-    x = pictures(images).contiguous(memory_format=torch.channels_last)
-    seen = []
-    original = FastNet._narrow
+    net, seen = make_net("static", unit), []
+    original = Conv.__call__
 
-    def watched(self: FastNet, key: Key) -> Callable[[Tensor], Tensor]:
-        module = original(self, key)
+    def watched(self: Conv, x: Tensor) -> Tensor:
+        out = original(self, x)
+        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (x, out))
+        return out
 
-        def run(x: Tensor) -> Tensor:
-            out = module(x)
-            seen.append([t.is_contiguous(memory_format=torch.channels_last) for t in (x, out)])
-            return out
+    monkeypatch.setattr(Conv, "__call__", watched)
+    FastNet(net)(pictures(images), routes(unit, "random", images))
+    assert len(seen) >= 6
+    assert all(seen)
 
-        return run
 
-    monkeypatch.setattr(FastNet, "_narrow", watched)
-    FastNet(net)(x, routes(unit, "random", images))
-    assert len(seen) >= 3
-    assert all(all(pair) for pair in seen)
+@pytest.mark.parametrize("form", [VIEWS, SORTED, MASKED])
+@pytest.mark.parametrize(("name", "unit"), PAIRS)
+def test_every_form_of_a_unit_gives_the_same(name: str, unit: str, form: str) -> None:
+    net, x = make_net(name, unit), pictures(8)
+    fast = FastNet(net)
+    fast.forms[8] = [form] * len(net.backbone.routable)
+    with torch.no_grad():
+        wanted, got = net(x), fast(x)
+    assert close(got.logits_BK, wanted.logits_BK)
+    assert torch.equal(got.trace.keep_BUG, wanted.trace.keep_BUG)
+    assert torch.equal(got.macs_B, wanted.macs_B)
+
+
+def test_a_warm_up_measures_every_form_and_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = make_net("dmnn", "paths"), pictures(8)
+    fast = FastNet(net)
+    seconds = {
+        (u, form): float(form != wanted) for u, wanted in enumerate((MASKED, VIEWS, SORTED)) for form in FORM_NAMES
+    }
+    monkeypatch.setattr(FastNet, "_timed", lambda self, u, x, keys, routes, form, repeats: seconds[u, form])
+    assert fast.warm_up(x) == [net.backbone.specs[0].name]
+    assert fast.forms == {8: [MASKED, VIEWS, SORTED]}
+    assert close(fast(x).logits_BK, net(x).logits_BK)
+
+
+@pytest.mark.parametrize("images", [2, 5, 8])
+@pytest.mark.parametrize(("name", "unit"), PAIRS)
+def test_threads_change_nothing(name: str, unit: str, images: int) -> None:
+    net, x = make_net(name, unit), pictures(images)
+    before = torch.get_num_threads()
+    one, two = FastNet(net)(x), FastNet(net, threads=2)(x)
+    assert torch.get_num_threads() == before
+    assert close(two.logits_BK, one.logits_BK)
+    assert torch.equal(two.trace.keep_BUG, one.trace.keep_BUG)
+    assert torch.equal(two.macs_B, one.macs_B)
+
+
+def test_the_images_given_are_left_as_they_were() -> None:
+    for name, unit in PAIRS:
+        net, x = make_net(name, unit), pictures(4).contiguous(memory_format=torch.channels_last)
+        before = x.clone()
+        FastNet(net)(x)
+        assert torch.equal(x, before), (name, unit)
+
+
+@pytest.mark.skipif(not packed_works(), reason="this PyTorch has no packed oneDNN convolutions")
+@pytest.mark.parametrize("images", [1, 8])
+@pytest.mark.parametrize(("name", "unit"), PAIRS)
+def test_packed_convolutions_give_the_same(name: str, unit: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "WORTH_PACKING", 0)
+    net, x = make_net(name, unit), pictures(images)
+    packed, plain = FastNet(net)(x), FastNet(net, packed=False)(x)
+    assert close(packed.logits_BK, plain.logits_BK)
+    assert close(packed.logits_BK, net(x).logits_BK)
+
+
+def test_without_packed_convolutions_plain_ones_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_run", lambda *args: (_ for _ in ()).throw(NotImplementedError("not here")))
+    kernels.packed_works.cache_clear()
+    try:
+        assert not kernels.packed_works()
+        net, x = make_net("dmnn", "paths"), pictures(4)
+        assert close(FastNet(net)(x).logits_BK, net(x).logits_BK)
+    finally:
+        kernels.packed_works.cache_clear()
+
+
+def test_a_state_follows_its_images() -> None:
+    class Memory(NamedTuple):
+        h: Tensor
+        price: float
+
+    index = torch.tensor([2, 0, 1])
+    one, two = torch.arange(3), torch.arange(3) * 10
+    got = reordered(Memory(one, 0.5), index)
+    assert isinstance(got, Memory) and got.h.tolist() == [2, 0, 1] and got.price == 0.5
+    assert [t.tolist() for t in reordered((one, [two]), index)[1]] == [[20, 0, 10]]
+    assert reordered({"h": two}, index)["h"].tolist() == [20, 0, 10]
+    assert reordered(None, index) is None
 
 
 def test_a_fast_net_is_a_snapshot_and_leaves_the_net_alone() -> None:
@@ -138,10 +251,17 @@ def test_a_fast_net_is_a_snapshot_and_leaves_the_net_alone() -> None:
     assert not close(FastNet(net)(x).logits_BK, before)
 
 
-def test_folding_leaves_no_batch_norm_after_a_convolution() -> None:
-    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_folding_leaves_no_batch_norm_after_a_convolution(bias: bool, affine: bool) -> None:
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1, bias=bias),
+        nn.BatchNorm2d(4, affine=affine),
+        nn.ReLU6(),
+        nn.Sequential(nn.BatchNorm2d(4)),
+    ).eval()
     shake(layers)
-    x = torch.randn(2, 3, 4, 4)
-    small = folded(layers)
-    assert [type(layer) for layer in small.children()] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d]
-    assert torch.allclose(small(x), layers(x), atol=1e-5)
+    x = torch.randn(2, 3, 8, 8)
+    program = straight(layers, packed=False)
+    assert [type(step) for step in program.steps] == [Conv, nn.BatchNorm2d]
+    assert torch.allclose(program(x), layers(x), atol=1e-5)

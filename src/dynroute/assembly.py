@@ -75,8 +75,7 @@ def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teache
             raise InputError(f"optim.teacher: {path} knows {classes} classes, the data have {spec.classes}")
         static = trained.router_name == "static"
     else:
-        plain = dataclasses.replace(config.backbone, unit="channels", parts=1, weights=str(path))
-        net = build(dataclasses.replace(config, backbone=plain, router_name="static", router=StaticOptions()), spec)
+        net = dense_twin(config, spec, weights=str(path))
         static = True
     fast = FastNet(net.to(device))
 
@@ -84,6 +83,12 @@ def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teache
         return fast(x_BCHW, None if static else net.dense_routes(len(x_BCHW))).logits_BK
 
     return asked
+
+
+def dense_twin(config: Config, spec: DataSpec, weights: str | None = None) -> RoutedNet:
+    """The plain static net of a configuration's backbone; weights: of a plain state dict, None: random."""
+    plain = dataclasses.replace(config.backbone, unit="channels", parts=1, widths=[], nets=[], weights=weights)
+    return build(dataclasses.replace(config, backbone=plain, router_name="static", router=StaticOptions()), spec)
 
 
 def _take_over(net: Backbone, run: Path, width: float, config: Config) -> None:

@@ -174,7 +174,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run, at its trained point or at FLOPs targets fitted on the calibration split (exit status 3 if missed)."""
     check_budgets(flops_target or [], flops_max, latency_target)
-    from dynroute import runs
+    from dynroute import bench, runs
     from dynroute.records import as_dict
 
     with Status(f"opening {run}") as status:
@@ -206,10 +206,9 @@ def evaluate(
     if constant:
         where = "" if constant == len(targets) else f" at {constant} of {len(targets)} settings"
         print(f"no controls{where}: every image takes the same route, there is nothing to shuffle", file=sys.stderr)
-    for row in (r.row for r in results):
-        if row.speedup is not None and row.macs_share < 1 and row.speedup <= 1:
-            line = f"FLOPs fall to {row.macs_share:.2f} of dense, time does not: {row.speedup:.2f}x the speed"
-            print(f"{line} at batch {row.latency_batch} on {row.latency_device}", file=sys.stderr)
+    for r in results:
+        for line in bench.warnings(r.timed):
+            print(line, file=sys.stderr)
     missed = [r for r in results if r.missed]
     for r in missed:
         low, high = r.reachable or (0.0, 1.0)
@@ -242,15 +241,19 @@ def compare(
     comparison = report.compare(paths or [], out, paper or [])
     if as_json:
         rows = json.loads(comparison.table.to_json(orient="records"))
+        lines = json.loads(comparison.controls.to_json(orient="records"))
         left = [{"path": str(path), "reason": reason} for path, reason in comparison.left_out]
         papers = [table._asdict() for table in comparison.papers]
         files = [str(f) for f in comparison.files]
-        print(json.dumps({"rows": rows, "papers": papers, "left_out": left, "files": files}, indent=2))
+        answer = {"rows": rows, "controls": lines, "papers": papers, "left_out": left, "files": files}
+        print(json.dumps(answer, indent=2))
         return
     width = None if sys.stdout.isatty() else 200
     console = Console(width=width)
     if len(comparison.table):
         console.print(report.to_rich(comparison.table))
+    if len(comparison.controls):
+        console.print(report.rich_table(report.control_cells(comparison.controls), "Routed rows beside their controls"))
     for table in comparison.papers:
         console.print(report.papers.to_rich(table))
         for line in report.papers.missing(table):
@@ -291,6 +294,76 @@ def predict(
         return
     for p in found:
         print(f"{p.file}  {p.label}  {p.confidence:.3f}  {p.macs / 1e6:.2f} M  {p.share:.3f}  {p.route}")
+
+
+@app.command("bench")
+def bench_command(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|CONFIG", help="A run folder, or a YAML file (random weights).")
+    ],
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--rate",
+            metavar="R",
+            help="CONFIG: routes drawn at that rate, 0 <= R <= 1, as router.name=random draws them [default: each unit's "
+            "drawn evenly from its legal ones]. The untrained router is asked all the same, so that its time counts.",
+        ),
+    ] = None,
+    flops_target: Annotated[
+        list[float] | None,
+        typer.Option("--flops-target", metavar="X", help="RUN: time this target too, 0 < X <= 1; repeatable."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", metavar="N", help="Images in a call; repeatable [default: 1].")
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", metavar="N", help="CPU threads; repeatable [default: 1].")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="D", help="cpu, cuda, ... [default: the configuration's].")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16.")] = "fp32",
+    clock: Annotated[
+        str,
+        typer.Option(
+            "--clock",
+            help="thread (processor time of one thread), wall, or auto: thread with one thread, else wall; events on CUDA.",
+        ),
+    ] = "auto",
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", help="Time for each mode; 10 rounds at least.")
+    ] = 5.0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also the dense net by torch.compile, frozen.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also the dense net in ONNX Runtime (dynroute[export]).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time a net: dense as PyTorch runs it and at its best, all parts on, masked, skipping; in turn, on the same images.
+
+    Every round takes other images, so that routes vary as in use; the skipping run has met all of them (256, or two
+    batches, of the test split) before the clock starts. Speed-ups are against dense_best. A run's rows go into its
+    bench.csv. Exit status 3 where a target is missed.
+    """
+    check_budgets(flops_target or [])
+    from dynroute import timing
+    from dynroute.bench import warnings
+    from dynroute.records import as_dict
+
+    request = timing.Request(
+        flops_target or [], rate, batch or [1], threads or [1], device, dtype, clock, seconds, compiled, onnx
+    )
+    with Status(f"opening {source}") as status:
+        timed = timing.bench_path(source, request, status.say)
+    if as_json:
+        print(json.dumps({"rows": [as_dict(row) for row in timed.rows]}, indent=2))
+    else:
+        print_timings(timed.rows)
+    for line in (*timed.remarks, *warnings(timed.rows), *timed.missed):
+        print(line, file=sys.stderr)
+    if timed.missed:
+        raise typer.Exit(MISSED)
 
 
 @app.command("inspect")
@@ -336,7 +409,7 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
-def check_budgets(targets: list[float], flops_max: float | None, latency_ms: float | None) -> None:
+def check_budgets(targets: list[float], flops_max: float | None = None, latency_ms: float | None = None) -> None:
     """Raise InputError on a share or a time that is none."""
     shares = [("--flops-target", target) for target in targets]
     shares += [] if flops_max is None else [("--flops-max", flops_max)]
@@ -469,6 +542,38 @@ def print_results(results: list[Any]) -> None:
         ]
         table.add_row(*cells, *([f"{row.latency_ms_p50:.2f}", f"{row.speedup:.2f}x"] if timed else []))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_timings(rows: list[Any]) -> None:
+    """Timed rows as a table, a section for each batch size and thread count."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0]
+    table = Table(title=f"{first.run} ({first.device}, {first.dtype}, {first.clock} clock, {first.machine})")
+    heads = ("ms/image", "p95", "images/s", "speed-up", "FLOPs", "of ideal", "router ms", "rounds")
+    for head in ("batch", "threads", "mode", "setting", *heads):
+        table.add_column(head, justify="left" if head in ("mode", "setting") else "right", no_wrap=True)
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        where = f"target {row.flops_target:g}" if row.flops_target is not None else row.routes
+        if row.rate is not None:
+            where = f"random at {row.rate:g}"
+        table.add_row(
+            str(row.batch),
+            str(row.threads),
+            f"dense_best: {row.form}" if row.mode == "dense_best" else row.mode,
+            {"router": "trained"}.get(where, where),
+            f"{row.latency_ms_p50:.3g}",
+            f"{row.latency_ms_p95:.3g}",
+            f"{row.images_per_s:.4g}",
+            "" if row.speedup is None else f"{row.speedup:.2f}x",
+            f"{row.macs_share:.3f}",
+            "" if row.ideal_share is None else f"{100 * row.ideal_share:.0f} %",
+            "" if row.router_ms is None else f"{row.router_ms:.3g}",
+            str(row.rounds),
+            end_section=after is not None and (after.batch, after.threads) != (row.batch, row.threads),
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def print_inspection(info: dict[str, Any]) -> None:

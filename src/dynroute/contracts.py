@@ -129,3 +129,10 @@ class Batch(NamedTuple):
         return Batch(
             self.images.to(**there), self.labels.to(**there), superclasses, self.index.to(**there), self.advice
         )
+
+    def repeated(self, times: int) -> Batch:
+        """The batch so many times over, copy after copy, advice included."""
+        superclasses = None if self.superclasses is None else self.superclasses.repeat(times)
+        advice = self.advice and self.advice._replace(logits_BK=self.advice.logits_BK.repeat(times, 1))
+        images = self.images.repeat(times, 1, 1, 1)
+        return Batch(images, self.labels.repeat(times), superclasses, self.index.repeat(times), advice)

@@ -221,6 +221,8 @@ class _Part:
             batch = batch._replace(
                 advice=Advice(said_BK, self.options.teacher_weight, self.options.teacher_temperature)
             )
+        if phase.passes > 1:
+            batch = batch.repeated(phase.passes)
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             routes = phase.routes(len(batch.labels)) if phase.routes else None
             out: Output = self.net(batch.images, routes)
@@ -287,7 +289,12 @@ def make_optimizers(
         ]
     router = list(net.router.parameters()) if "router" in phase.trains else []
     if router and phase.router_lr is None:
-        sgd.append({"params": router, "weight_decay": 0.0, "lr": options.lr * phase.router_scale})
+        decayed, plain = split_decay(net.router)
+        rate = options.lr * phase.router_scale
+        sgd += [
+            {"params": decayed, "weight_decay": phase.router_decay, "lr": rate},
+            {"params": plain, "weight_decay": 0.0, "lr": rate},
+        ]
     made: list[torch.optim.Optimizer] = []
     if sgd:
         made.append(

@@ -1,4 +1,4 @@
-"""What a net does on a split, the price that meets a FLOPs target, and how long an image takes.
+"""What a net does on a split, and the price that meets a FLOPs target.
 
 B images, N images of a split, U units, G parts, K classes. A share is a part of the dense net's multiply-adds.
 """
@@ -6,7 +6,6 @@ B images, N images of a split, U units, G parts, K classes. A share is a part of
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +16,6 @@ from torch import Tensor
 from dynroute.calibration import CLOSE, Calibration, Fit
 from dynroute.contracts import Batch, Output, UnitSpec
 from dynroute.net import RoutedNet
-from dynroute.routers import Router
-from dynroute.skipping import FastNet
 
 
 @dataclass
@@ -165,41 +162,3 @@ def make_dial(
         return float(share_N.mean()), float(share_N.std(unbiased=False))
 
     return Dial(share_at, net.router.price_limits, calibration, images)
-
-
-@dataclass
-class Latency:
-    """Milliseconds per image. p50: of the routed net in the fast run; dense_p50: of the dense net in the same executor."""
-
-    p50: float
-    dense_p50: float
-    batch: int
-    threads: int
-    device: str
-
-
-@torch.inference_mode()
-def latency(net: RoutedNet, images_BCHW: Tensor, batch: int = 1, repeats: int = 60) -> Latency:
-    """Time routed and dense runs in turn, on the same images in the same executor, so that drift hits both."""
-    fast, device = FastNet(net), images_BCHW.device
-    body = net.backbone.dense_net()
-    plain = FastNet(RoutedNet(body, Router(body.specs)).to(device))
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(-5, repeats):  # the first five warm the caches
-        start = turn * batch % max(len(images_BCHW) - batch + 1, 1)
-        x = images_BCHW[start : start + batch].contiguous(memory_format=torch.channels_last)
-        fast(x)  # narrow modules of this image's route are built outside the clock
-        for dense in (False, True):
-            keep = plain.net.dense_routes(len(x)).to(device)
-            before = _now(device)
-            plain(x, keep) if dense else fast(x)
-            if turn >= 0:
-                times[dense].append((_now(device) - before) * 1e3 / len(x))
-    p50, dense_p50 = (float(torch.tensor(times[d]).median()) for d in (False, True))
-    return Latency(p50, dense_p50, batch, torch.get_num_threads(), str(device))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -14,7 +14,7 @@ from typing import Any
 from dynroute.contracts import InputError
 
 EVAL_FILE, TRAIN_FILE, ROUTES_FILE = "eval.csv", "train.csv", "routes.csv"
-BUDGET_FILE = "budget.json"
+BENCH_FILE, BUDGET_FILE = "bench.csv", "budget.json"
 
 
 @dataclass
@@ -23,7 +23,8 @@ class EvalRow:
 
     macs_share: macs_mean / macs_dense. share_calib: the share reached on the calibration split, where the price was
     fitted. flops_target: the asked share, None for the trained point. top1, top5: 0..1. loss: mean cross entropy.
-    router_share: the router's MACs / macs_dense. routes: number of distinct routes. latency_ms_*: see `measure.latency`.
+    router_share: the router's MACs / macs_dense. routes: number of distinct routes. latency_*,
+    speedup: of the skipping run (see `BenchRow`), where --latency asked for them.
     control: empty for the net itself, else the name of the control that was made from its routes (see `controls`).
     price_other, price_part: another price for that part of the images (see `contracts.Setting`). share_low, share_high: 95 %
     interval of the share to expect of new images, from calibration. flops_max: the share that no image may exceed, if any.
@@ -70,6 +71,55 @@ class EvalRow:
     torch: str = ""
 
 
+@dataclass
+class BenchRow:
+    """How long one form of a net took at one setting. Times are milliseconds by `clock`; all rows of one batch size and
+    thread count were timed in turn, on the same images.
+
+    mode: dense (as PyTorch runs it), dense_best (the fastest of the forms of the dense net, named in `form`), compiled,
+    onnxruntime (both dense), all_on (the routed net's executor with every part on), masked, skipping.
+    routes: who chose them: router, or random or uniform draws. flops_target, rate: of the setting, empty where none is.
+    latency_ms_*: per image; call_ms_p50: of the whole batch; wall_ms_p50: per image, by the wall's clock.
+    images_per_s: from the mean time. speedup: dense_best's mean time / this mean time.
+    macs_mean: multiply-adds per image of the images run, as routed; macs_share: of the dense net's. ideal_share: speed-up over
+    all_on as a share of the ratio of their multiply-adds. router_ms: all decisions of an image, run by themselves.
+    clock: thread (processor time of the one thread), wall or cuda (events). affinity: processors this process may use.
+    """
+
+    run: str
+    method: str
+    backbone: str
+    dataset: str
+    mode: str
+    form: str = ""
+    routes: str = ""
+    flops_target: float | None = None
+    rate: float | None = None
+    batch: int = 1
+    threads: int = 1
+    device: str = "cpu"
+    dtype: str = "fp32"
+    latency_ms_p50: float = 0.0
+    latency_ms_p95: float = 0.0
+    call_ms_p50: float = 0.0
+    wall_ms_p50: float = 0.0
+    images_per_s: float = 0.0
+    speedup: float | None = None
+    macs_mean: float = 0.0
+    macs_share: float = 0.0
+    ideal_share: float | None = None
+    router_ms: float | None = None
+    clock: str = ""
+    rounds: int = 0
+    affinity: str = ""
+    machine: str = ""
+    commit: str = ""
+    config_hash: str = ""
+    torch: str = ""
+
+
+BENCH_COLUMNS = tuple(f.name for f in fields(BenchRow))
+BENCH_KEY = ("mode", "flops_target", "rate", "batch", "threads", "device", "dtype")
 EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))
 LATER = frozenset(
     {"control", "price_other", "price_part", "share_low", "share_high", "flops_max"}
@@ -77,7 +127,7 @@ LATER = frozenset(
 NUMBERS = frozenset(f.name for f in fields(EvalRow) if "float" in str(f.type) or "int" in str(f.type))
 
 
-def as_dict(row: EvalRow) -> dict[str, Any]:
+def as_dict(row: EvalRow | BenchRow) -> dict[str, Any]:
     """The row as a plain dict, in column order."""
     return asdict(row)
 
@@ -107,16 +157,21 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[
     write_text(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a CSV written by `write_rows`; every cell a string. Raises InputError on a missing, torn or foreign file."""
+def read_text(path: Path) -> str:
+    """The text of a CSV written by `write_rows`. Raises InputError on a missing or torn file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not text.endswith("\n"):
         raise InputError(f"{path} ends in the middle of a line: half-written or not a CSV of dynroute")
+    return text
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV written by `write_rows`; every cell a string. Raises InputError on a missing, torn or foreign file."""
     try:
-        rows = list(csv.DictReader(io.StringIO(text), restkey="", restval=None))
+        rows = list(csv.DictReader(io.StringIO(read_text(path)), restkey="", restval=None))
     except csv.Error as error:
         raise InputError(f"{path} is not a CSV: {error}") from None
     if any("" in row or None in row.values() for row in rows):
@@ -147,6 +202,15 @@ def merge_eval(path: Path, row: EvalRow) -> None:
     replaced = there if changed and not row.control else [r for r in there if r["control"] == row.control]
     kept = [r for r in old if r not in replaced]
     write_rows(path, [*kept, new], EVAL_COLUMNS)
+
+
+def merge_bench(path: Path, rows: Sequence[BenchRow]) -> None:
+    """Add rows to a bench.csv in place of those of the same mode, target, batch, threads, device and floating type."""
+    new = [{k: _cell(v) for k, v in as_dict(row).items()} for row in rows]
+    replaced = {tuple(row[k] for k in BENCH_KEY) for row in new}
+    old = [{k: row.get(k, "") for k in BENCH_COLUMNS} for row in (read_rows(path) if path.exists() else [])]
+    kept = [row for row in old if tuple(row[k] for k in BENCH_KEY) not in replaced]
+    write_rows(path, [*kept, *new], BENCH_COLUMNS)
 
 
 def _cell(value: Any) -> str:

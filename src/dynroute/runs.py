@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,21 @@ from typing import Any
 import torch
 
 from dynroute import __version__, plugins
-from dynroute.assembly import build, fingerprint, inference_parameters, make_teacher, restore, trained_as
+from dynroute.assembly import build, dense_twin, fingerprint, inference_parameters, make_teacher, restore, trained_as
+from dynroute.bench import POOL, Plan, Point, bench
 from dynroute.calibration import TOLERANCE, Fit, outdated, read_budget, share_for_latency, write_budget
 from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import Batch, InputError, Setting
 from dynroute.controls import CONTROLS
-from dynroute.data import Dataset, known_spec, limited, load, loader
+from dynroute.data import Dataset, DataSpec, known_spec, limited, load, loader
 from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint
-from dynroute.measure import Dial, Scores, evaluate, latency, make_dial
+from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import (
+    BENCH_FILE,
     EVAL_FILE,
     ROUTES_FILE,
+    BenchRow,
     EvalRow,
     merge_eval,
     read_rows,
@@ -36,7 +39,7 @@ from dynroute.records import (
 )
 
 CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
-LOG_FILE, BENCH_FILE = "log.txt", "bench.csv"
+LOG_FILE = "log.txt"
 
 
 def prepare(config: Config) -> torch.device:
@@ -51,6 +54,11 @@ def prepare(config: Config) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError(f"device {name!r} is not usable here; device=cpu always is") from None
     return device
+
+
+def on_device(config: Config, device: str | None) -> Config:
+    """The configuration with another device; None: as it is."""
+    return config if device is None else dataclasses.replace(config, top=dataclasses.replace(config.top, device=device))
 
 
 def train(config: Config, folder: Path, *, resume: bool = False, listener: Listener = lambda step: None) -> RoutedNet:
@@ -128,12 +136,16 @@ def _log(folder: Path) -> logging.Logger:
 
 @dataclass
 class Result:
-    """One evaluated setting: its row, the range of shares the dial reaches, whether the target was missed, and each image."""
+    """One evaluated setting: its row, the range of shares the dial reaches, whether the target was missed, and each image.
+
+    timed: rows of the time that was measured with it, if it was.
+    """
 
     row: EvalRow
     reachable: tuple[float, float] | None
     missed: bool
     scores: Scores
+    timed: list[BenchRow] = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -155,51 +167,59 @@ class Evaluator:
     remarks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folder: Path, checkpoint: str = "last", flops_max: float | None = None) -> Evaluator:
+    def of(
+        cls, folder: Path, checkpoint: str = "last", flops_max: float | None = None, device: str | None = None
+    ) -> Evaluator:
         """Open a run folder. checkpoint: last (the end of the schedule) or best (by accuracy on the calibration split).
 
-        Raises OutOfReach where flops_max lies below the cheapest route.
+        device: instead of the configuration's. Raises OutOfReach where flops_max lies below the cheapest route.
         """
         if not folder.is_dir():
-            raise InputError(f"{folder} is not a run folder{_nearest(folder)}")
+            raise InputError(f"{folder} is not a run folder{nearest(folder)}")
         path = folder / (BEST if checkpoint == "best" else LAST)
         net, config, content = restore(path)
-        device = prepare(config)
+        place = prepare(on_device(config, device))
         data = _data(config)
         stored = content["meta"]["data"]
         if (data.spec.classes, data.spec.image_size) != (stored["classes"], stored["image_size"]):
             raise InputError(
                 f"{config.data.name} has other classes or another image size now than {folder} was trained on"
             )
-        net = net.to(device).eval()
+        net = net.to(place).eval()
         net.set_limit(flops_max)
         few = limited(data.calibration, CALIBRATED_ON)
 
         def batches() -> Iterable[Batch]:
-            return loader(few, data.spec, 256, train=False, device=device, workers=config.data.workers)
+            return loader(few, data.spec, 256, train=False, device=place, workers=config.data.workers)
 
         dial = make_dial(net, len(few), batches, read_budget(folder, fingerprint(path), flops_max))
         remarks = ("budget.json is of an older version: settings are fitted anew",) if outdated(folder) else ()
-        return cls(folder, net, config, data, device, checkpoint, len(content["rows"]), dial, flops_max, remarks)
+        return cls(folder, net, config, data, place, checkpoint, len(content["rows"]), dial, flops_max, remarks)
 
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the dial for a target by the calibration split (None: the trained point), then measure the split.
 
         Writes the row into eval.csv and the per-image routes into routes.csv.
         """
-        fit = None if target is None else self._fitted(target)
+        fit = None if target is None else self.fitted(target)
         self.net.router.setting = fit.setting if fit else Setting()
         part, batches = self._split(split)
         scores = evaluate(self.net, batches)
         row = self._row(scores, split, target, fit)
+        rows: list[BenchRow] = []
         if timed:
-            time = latency(self.net, next(iter(batches)).images)
-            row.latency_ms_p50, row.speedup = time.p50, time.dense_p50 / time.p50
-            row.latency_batch, row.latency_threads, row.latency_device = time.batch, time.threads, time.device
+            plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
+            rows, _ = self.bench([Point(target, self.net.router.setting)], plan, split)
+            row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
+            row.latency_batch, row.latency_threads, row.latency_device = (
+                rows[-1].batch,
+                rows[-1].threads,
+                rows[-1].device,
+            )
         merge_eval(self.folder / EVAL_FILE, row)
         self._write_routes(scores, part, split, target)
         missed = target is not None and abs(row.macs_share - target) > TOLERANCE
-        return Result(row, self.dial.calibration.span() if target is not None else None, missed, scores)
+        return Result(row, self.dial.calibration.span() if target is not None else None, missed, scores, rows)
 
     def targets(self, count: int = 10) -> list[float]:
         """So many targets across the range that the dial reaches, its ends included."""
@@ -209,6 +229,17 @@ class Evaluator:
     def share_at(self, ms: float) -> float:
         """The share at which an image takes so many milliseconds, by the run's bench.csv: see `latency_share`."""
         return latency_share(self.folder, ms, self.device)
+
+    def bench(self, points: Sequence[Point], plan: Plan, split: str = "test") -> tuple[list[BenchRow], list[str]]:
+        """Rows of `bench.bench` at points of this run, on images of a split, and remarks."""
+        part, _ = self._split(split)
+        images = max(POOL, 2 * plan.batch)
+        few = limited(part, images)
+        workers = self.config.data.workers
+        batch = next(iter(loader(few, self.data.spec, images, train=False, device=self.device, workers=workers)))
+        dense = dense_twin(self.config, self.data.spec).backbone.to(self.device)
+        labels = bench_labels(self.config, self.device) | {"run": self.folder.name}
+        return bench(self.net, dense, batch.images, points, plan, labels)
 
     def controls(self, result: Result) -> list[Result]:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
@@ -231,13 +262,7 @@ class Evaluator:
             made.append(Result(row, None, False, scores))
         return made
 
-    def _split(self, split: str) -> tuple[Any, Any]:
-        """A split and its batches."""
-        part = self.data.test if split == "test" else self.data.calibration
-        workers = self.config.data.workers
-        return part, loader(part, self.data.spec, 256, train=False, device=self.device, workers=workers)
-
-    def _fitted(self, target: float) -> Fit:
+    def fitted(self, target: float) -> Fit:
         """Setting and expected share for a target; what was measured on the way is stored in budget.json."""
         known = self.dial.calibration
         before, fit = len(known.searched), self.dial.find(target)
@@ -245,6 +270,12 @@ class Evaluator:
             path = self.folder / (BEST if self.checkpoint == "best" else LAST)
             write_budget(self.folder, fingerprint(path), known, self.flops_max)
         return fit
+
+    def _split(self, split: str) -> tuple[Any, Any]:
+        """A split and its batches."""
+        part = self.data.test if split == "test" else self.data.calibration
+        workers = self.config.data.workers
+        return part, loader(part, self.data.spec, 256, train=False, device=self.device, workers=workers)
 
     def _row(self, scores: Scores, split: str, target: float | None, fit: Fit | None) -> EvalRow:
         config, cost = self.config, self.net.cost
@@ -333,7 +364,8 @@ def latency_share(folder: Path, ms: float, device: torch.device) -> float:
     return share_for_latency(own, ms)
 
 
-def _nearest(folder: Path) -> str:
+def nearest(folder: Path) -> str:
+    """What follows "there is no such folder": the most similar name beside it, if there is one."""
     import difflib
 
     siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
@@ -348,18 +380,22 @@ def check(config: Config) -> RoutedNet:
 
 
 def inspect_path(source: Path) -> dict[str, Any]:
-    """`inspect` of a run folder, or of a YAML file, whose data is read only where its name does not tell enough.
-
-    The weights that a YAML file starts from are not read: they change no size and no cost.
-    """
+    """`inspect` of a run folder, or of a YAML file; the weights that it starts from are not read: they change no cost."""
     if source.is_dir():
         net, config, _ = restore(source / LAST)
         return inspect(config, net)
     if not source.exists():
-        raise InputError(f"{source} is neither a configuration nor a run folder{_nearest(source)}")
-    config = load_config(source)
+        raise InputError(f"{source} is neither a configuration nor a run folder{nearest(source)}")
+    config, net, _ = untrained(source)
+    return inspect(config, net)
+
+
+def untrained(source: Path, overrides: list[str] | None = None) -> tuple[Config, RoutedNet, DataSpec]:
+    """The net of a YAML file with random weights; its data is read only where its name does not tell enough."""
+    config = load_config(source, overrides)
     sized = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None, nets=[]))
-    return inspect(config, build(sized, known_spec(config.data) or _data(config).spec))
+    spec = known_spec(config.data) or _data(config).spec
+    return config, build(sized, spec), spec
 
 
 def _data(config: Config) -> Dataset:
@@ -396,6 +432,32 @@ def inspect(config: Config, net: RoutedNet) -> dict[str, Any]:
         "share_dearest": high,
         "units": units,
     }
+
+
+def bench_labels(config: Config, device: torch.device) -> dict[str, str]:
+    """The columns of a BenchRow that say what was timed where."""
+    return {
+        "run": config.name,
+        "method": config.router_name,
+        "backbone": config.backbone.name,
+        "dataset": config.data.name,
+        "affinity": affinity(),
+        "machine": machine(device),
+        "commit": commit(),
+        "config_hash": config.hash(),
+        "torch": torch.__version__,
+    }
+
+
+def affinity() -> str:
+    """The processors that this process may use, as 0-3,8."""
+    runs: list[list[int]] = []
+    for cpu in sorted(os.sched_getaffinity(0)):
+        if runs and cpu == runs[-1][-1] + 1:
+            runs[-1].append(cpu)
+        else:
+            runs.append([cpu])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def commit() -> str:

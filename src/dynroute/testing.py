@@ -146,7 +146,7 @@ def check_agreement(net: RoutedNet, x_BCHW: Tensor, keep_BUG: Tensor | None = No
     assert torch.equal(fast.trace.keep_BUG.bool(), masked.trace.keep_BUG.bool()), "routes of the fast run differ"
     for image in range(len(x_BCHW)):
         given = None if keep_BUG is None else keep_BUG[image : image + 1]
-        counted = count_macs(FastNet(net), x_BCHW[image : image + 1], given)  # type: ignore[arg-type]
+        counted = count_macs(FastNet(net, packed=False), x_BCHW[image : image + 1], given)  # type: ignore[arg-type]
         told = float(masked.macs_B[image]) - (net.cost.router if given is not None else 0.0)
         assert counted == told, f"image {image}: {told:.0f} MACs reported, {counted} executed"
 

@@ -151,10 +151,6 @@ class Backbone(nn.Module):
         """The cost of each unit."""
         return [unit.cost_terms() for unit in self.routable]
 
-    def dense_net(self) -> Backbone:
-        """The backbone whose units with all parts kept are the dense net, against which time is measured."""
-        return self
-
     def plain(self) -> dict[str, nn.Module]:
         """The layers of stem and head that hold weights, under their names in the plain dense net."""
         raise InputError(f"{type(self).__name__} cannot import weights of a plain net")

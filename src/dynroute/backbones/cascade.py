@@ -37,10 +37,6 @@ class Cascade(Backbone):
         self.fixed_macs = 0.0
         self.dense_macs = self.nets[0].dense_macs
 
-    def dense_net(self) -> Backbone:
-        """The second net with all its parts."""
-        return self.nets[1]
-
     @torch.no_grad()
     def load_dense(self, state: dict[str, Tensor], rank: str = "auto") -> None:
         """Both nets start from the plain dense net. Raises InputError where names or shapes do not fit."""

@@ -11,8 +11,8 @@ from dynroute.contracts import InputError
 from dynroute.records import write_rows, write_text
 from dynroute.report import page, plots, tables
 from dynroute.report.papers import PaperTable, expand, paper_table, paper_tables
-from dynroute.report.read import PAPERS_FILE, TABLE_FILE, LeftOut, read
-from dynroute.report.tables import to_markdown, to_rich
+from dynroute.report.read import CONTROLS_FILE, PAPERS_FILE, TABLE_FILE, LeftOut, read
+from dynroute.report.tables import Tables, control_cells, rich_table, to_markdown, to_rich
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +22,10 @@ __all__ = [
     "LeftOut",
     "PaperTable",
     "compare",
+    "control_cells",
     "paper_tables",
     "read",
+    "rich_table",
     "to_markdown",
     "to_rich",
 ]
@@ -31,19 +33,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared. table: see `tables.build`; left_out: what it lacks, and why; files: as written.
+    """What was compared. table, controls: see `tables.build`; left_out: what they lack, and why; files: as written.
 
     papers: reported rows beside ours, where asked for.
     """
 
     table: pd.DataFrame
+    controls: pd.DataFrame
     left_out: list[LeftOut]
     files: list[Path]
     papers: list[PaperTable] = field(default_factory=list)
 
 
 def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Comparison:
-    """Read the runs; write table.csv, .md, .tex, accuracy_flops.{csv,png,svg} and index.html into `out`.
+    """Read the runs; write table.csv, .md, .tex, controls.csv, accuracy_flops.{csv,png,svg} and index.html into `out`.
 
     paths: run folders, folders of runs or of CSVs, eval CSVs. papers: names out of `paper_tables`, or "all";
     adds papers.csv and papers.md, and needs no paths. Raises InputError where nothing can be shown.
@@ -51,22 +54,27 @@ def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Com
     names = expand(papers)
     rows, left_out = read(paths) if paths or not names else ([], [])
     _make_folder(out)
-    table = tables.build(rows, left_out) if rows else tables.empty()
-    files, svg = _write_runs(table, left_out, out) if rows else ([], "")
-    reported = paper_table(names, table)
+    made = tables.build(rows, left_out) if rows else tables.empty()
+    files, svg = _write_runs(made, left_out, out) if rows else ([], "")
+    reported = paper_table(names, made.main)
     files += _write_papers(reported, out) if reported else []
-    write_text(out / "index.html", page.render(table, left_out, svg, reported))
-    return Comparison(table, left_out, [*files, out / "index.html"], reported)
+    write_text(out / "index.html", page.render(made, left_out, svg, reported))
+    return Comparison(made.main, made.lines, left_out, [*files, out / "index.html"], reported)
 
 
-def _write_runs(table: pd.DataFrame, left_out: list[LeftOut], out: Path) -> tuple[list[Path], str]:
-    """Write the main table and picture; returns the files, and the picture as SVG text."""
-    write_text(out / TABLE_FILE, table.to_csv(index=False, lineterminator="\n"))
-    write_text(out / "table.md", page.markdown(table, left_out))
-    write_text(out / "table.tex", tables.to_latex(table))
-    pictures = plots.write(table, out)
+def _write_runs(made: Tables, left_out: list[LeftOut], out: Path) -> tuple[list[Path], str]:
+    """Write the tables and the main picture; returns the files, and the picture as SVG text."""
+    texts = {
+        TABLE_FILE: made.main.to_csv(index=False, lineterminator="\n"),
+        CONTROLS_FILE: made.lines.to_csv(index=False, lineterminator="\n"),
+        "table.md": page.markdown(made, left_out),
+        "table.tex": tables.to_latex(made.main),
+    }
+    for name, text in texts.items():
+        write_text(out / name, text)
+    pictures = plots.write(made.main, out)
     svg = (out / f"{plots.NAME}.svg").read_text(encoding="utf-8")
-    return [out / TABLE_FILE, out / "table.md", out / "table.tex", *pictures], svg
+    return [*(out / name for name in texts), *pictures], svg
 
 
 def _write_papers(reported: list[PaperTable], out: Path) -> list[Path]:

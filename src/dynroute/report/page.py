@@ -1,80 +1,203 @@
-"""One HTML page that holds everything: no scripts, nothing loaded from elsewhere, so it can be mailed."""
+"""One HTML page that holds everything: nothing is loaded from elsewhere, so it can be mailed, and all is read without scripts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from dynroute.report import papers, recipes
+from dynroute.report import papers, recipes, tables
 from dynroute.report.papers import PaperTable
 from dynroute.report.read import LeftOut
-from dynroute.report.tables import WORDS, cells, to_markdown
+from dynroute.report.tables import WORDS, Tables, cells, control_cells
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
+FOLDER = Path(__file__).parent
+TEMPLATE, STYLE, SCRIPT = (FOLDER / name for name in ("page.html.j2", "page.css", "page.js"))
+MARKED = ("missed", tables.NOT_BEATEN)  # words of a cell that call for attention
 NOTES = (
     "FLOPs (multiply-adds): a multiply-add of a convolution or linear layer counts once, as in the papers. "
     "An image is charged for the parts that it runs, router included; the table gives the mean over images.",
     "share: that mean as a part of the dense net's multiply-adds. missed: over 0.02 away from the target.",
     "top-1: mean +- sample standard deviation (number of seeds). n=1: a single run, its spread unknown.",
-    "vs static: top-1 less that of the static nets at the same share, in points, on the straight line "
-    "between the two neighbouring static nets, or those of a single one within 0.02 of that share. Empty elsewhere.",
+    "vs static: top-1 less that of narrower static nets of equal multiply-adds, in points, on the straight line between the two "
+    "neighbouring ones that no cheaper one matches, or that of a single one within 0.02 of that share. Empty elsewhere. "
+    "not beaten: its 95 % interval reaches zero or below.",
 )
+TIME_NOTE = "latency: milliseconds per image at the smallest batch and fewest threads that were timed, in the net's fastest form."
 CONTROL_NOTES = (
-    "control: made from the routes of the row above, on the same images. shuffled: handed to other images; random: drawn "
-    "unit by unit at the same rates; both charged for the router. most_common: one route for all, a static net.",
-    "routed less control: top-1 of the row above less the control's, in points, and a 95 % interval for independent images "
-    "(single runs). not beaten: the interval reaches zero or below.",
-)
-INTERVAL_NOTE = (
-    "95 % interval: of vs static, paired over the same test images (McNemar-type, normal), where routes.csv of the run and of "
-    "its static neighbours lie beside their rows. It knows nothing of the spread over seeds."
+    "A routed row is worth something only above a net of the same cost that does not route. at equal FLOPs: the straight line "
+    "between the control's nets on both sides of the row's multiply-adds; at equal ms: of its time, each in its fastest form, "
+    "timed with the same batch, threads and machine.",
+    "cheaper, dearer: where no net of that kind costs as much, the nearest, if it settles the matter: a cheaper one that is not "
+    "beaten, or a dearer one that is.",
+    "shuffled: the row's own routes handed to other images; random: drawn unit by unit at the same rates; both charged for the "
+    "router. most_common: one route for all images, a static net.",
+    "95 % interval: of the difference in top-1, in points. paired: over the same test images (McNemar-type, normal), where "
+    "routes.csv of all rows concerned are at hand; independent: from the numbers of images alone, which is wider. It knows "
+    "nothing of the spread over seeds. not beaten: the interval reaches zero or below.",
 )
 PAPER_NOTES = (
     "certainty. seen: in the authors' own text, poster or code. second-hand: quoted by others. "
     "reconstructed: derived from the rest, the printed symbols being lost. "
     "digitised: read off a figure, +-0.1 point.",
     "reported share: of the dense net's multiply-adds; where only a speed-up of k is reported, 1/k.",
-    "reproduced: rows of this comparison of the same dataset, backbone and method, at the same target or, "
-    "where none is reported, at the nearest share within 0.02. Empty: not yet run. "
-    "N of a run is known where its config.yaml lies beside its rows; elsewhere reported rows that differ in N alone show "
-    "the same run.",
+    "reproduced: rows of this comparison of the same dataset, backbone and method, trained for or evaluated at the same target "
+    "or, where none is reported, at the nearest share within 0.02. Empty: not yet run. "
+    "N and the training target of a run are known where its config.yaml lies beside its rows; elsewhere reported rows that "
+    "differ in N alone show the same run.",
     "difference: reproduced less reported top-1 error, in points; above zero is worse than the paper.",
     recipes.HOURS_NOTE,
 )
 
 
-def render(table: pd.DataFrame, left_out: Sequence[LeftOut], svg: str, reported: Sequence[PaperTable] = ()) -> str:
-    """The page as text; without svg, the papers' tables alone. Everything but our own SVG is escaped."""
+class Shown(Protocol):
+    """A picture to be shown."""
+
+    @property
+    def name(self) -> str:
+        """A word for its file and its place on the page."""
+
+    @property
+    def title(self) -> str:
+        """Its heading, plain text."""
+
+    @property
+    def caption(self) -> str:
+        """What to see in it, plain text."""
+
+    @property
+    def svg_text(self) -> str:
+        """One <svg> element, after the head of an SVG file or without."""
+
+    @property
+    def csv_path(self) -> Path:
+        """The numbers drawn."""
+
+
+class Figure(NamedTuple):
+    """A `Shown` of one's own."""
+
+    name: str
+    title: str
+    caption: str
+    svg_text: str
+    csv_path: Path
+
+
+def accuracy_flops(svg: str) -> Figure:
+    """The main picture."""
+    caption = (
+        "Upright bars: standard deviation over seeds. Thin level bars: what the images from the 5th to the 95th percentile "
+        "of cost take. Dashed: the static nets."
+    )
+    title = "Accuracy against FLOPs (multiply-adds)"
+    return Figure("accuracy_flops", title, caption, svg, Path("accuracy_flops.csv"))
+
+
+def render(
+    made: Tables,
+    left_out: Sequence[LeftOut],
+    svg: str = "",
+    reported: Sequence[PaperTable] = (),
+    *,
+    pictures: Sequence[Shown] = (),
+    route_table: Sequence[Mapping[str, str]] = (),
+    route_notes: Sequence[str] = (),
+) -> str:
+    """The page as text; of tables without rows, the papers' tables alone. Everything but our own SVG is escaped.
+
+    svg: the main picture, where it is not among `pictures`. route_table: the route report as texts by header, with its notes.
+    """
     from jinja2 import Environment
     from markupsafe import Markup
 
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_text(TEMPLATE))
+    figures = [accuracy_flops(svg), *pictures] if svg else list(pictures)
+    return (
+        template.render(
+            rows=cells(made.main),
+            origins=origins(made.main),
+            lines=control_cells(made.lines),
+            notes=run_notes(made) if len(made.main) else (),
+            control_notes=CONTROL_NOTES,
+            figures=[_Drawn(f.name, f.title, f.caption, Markup(_element(f)), f.csv_path.name) for f in figures],
+            routes=[dict(row) for row in route_table],
+            route_notes=route_notes,
+            papers=[_Paper(p.name, p.caption, papers.cells(p), papers.missing(p)) for p in reported],
+            paper_notes=PAPER_NOTES,
+            left_out=left_out,
+            words=WORDS,
+            marked=MARKED,
+            style=Markup(_text(STYLE)),
+            script=Markup(_text(SCRIPT)),
+        )
+        + "\n"
     )
-    picture = Markup(svg[svg.index("<svg") :]) if svg else ""  # matplotlib escapes the names in it
-    shown = [(paper.name, paper.caption, papers.cells(paper), papers.missing(paper)) for paper in reported]
-    notes = (*(run_notes(table) if svg else ()), *(PAPER_NOTES if reported else ()))
-    names = {"words": WORDS, "left_out": left_out, "picture": picture, "papers": shown, "notes": notes}
-    return template.render(rows=cells(table) if svg else [], **names) + "\n"
 
 
-def run_notes(table: pd.DataFrame) -> tuple[str, ...]:
+class _Drawn(NamedTuple):
+    name: str
+    title: str
+    caption: str
+    svg: str
+    file: str
+
+
+class _Paper(NamedTuple):
+    name: str
+    caption: str
+    rows: list[dict[str, str]]
+    missing: list[papers.Missing]
+
+
+ORIGIN = {  # what a row was made by: label -> column
+    "runs": "runs",
+    "seeds": "seeds",
+    "test images": "n",
+    "parameters": "params",
+    "started from": "weights",
+    "configuration": "config_hash",
+    "commit": "commits",
+    "torch": "torch",
+    "machine": "machine",
+    "timed": "latency_clock",
+}
+
+
+def origins(table: pd.DataFrame) -> list[dict[str, str]]:
+    """What each row of the main table was made by; what is not known is left out."""
+    own: list[dict[str, Any]] = table[table["control"] == ""].to_dict("records")  # type: ignore[assignment]
+    return [{name: str(row[c]) for name, c in ORIGIN.items() if str(row[c]) not in ("", "<NA>", "nan")} for row in own]
+
+
+def run_notes(made: Tables) -> tuple[str, ...]:
     """How to read the main table."""
-    interval = (INTERVAL_NOTE,) if table["vs_static_low"].notna().any() else ()
-    return (*NOTES, *interval, *(CONTROL_NOTES if (table["control"] != "").any() else ()))
+    return (*NOTES, TIME_NOTE) if made.main["latency_ms_p50"].notna().any() else NOTES
 
 
-def markdown(table: pd.DataFrame, left_out: Sequence[LeftOut]) -> str:
-    """The Markdown table with the same notes under it."""
-    missing = [f"- left out: {path}: {reason}".replace("<", "&lt;") for path, reason in left_out]
-    return "\n".join([to_markdown(table), "", *(f"- {note}" for note in run_notes(table)), *missing]) + "\n"
+def markdown(made: Tables, left_out: Sequence[LeftOut]) -> str:
+    """The tables in Markdown, each with its notes under it."""
+    parts = [tables.to_markdown(made.main), "", *(f"- {note}" for note in run_notes(made))]
+    if len(made.lines):
+        lines = tables.markdown_table(control_cells(made.lines))
+        parts += ["", "Routed rows beside their controls:", "", lines, "", *(f"- {note}" for note in CONTROL_NOTES)]
+    parts += [f"- left out: {path}: {reason}".replace("<", "&lt;") for path, reason in left_out]
+    return "\n".join(parts) + "\n"
 
 
 def papers_markdown(reported: Sequence[PaperTable]) -> str:
     """The papers' tables with their notes."""
     parts = [*map(papers.to_markdown, reported), "\n".join(f"- {note}" for note in PAPER_NOTES)]
     return "\n".join(parts) + "\n"
+
+
+def _element(figure: Shown) -> str:
+    """The <svg> alone, without the head of an SVG file; those who draw escape the names in it."""
+    return figure.svg_text[figure.svg_text.index("<svg") :]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynroute.contracts import InputError
-from dynroute.records import read_rows
+from dynroute.records import read_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Z95 = 1.959964  # of the normal distribution, two-sided
-COLUMNS = ("split", "flops_target", "checkpoint", "index", "label", "predicted")
-Images = dict[tuple[str, str], bool]  # (index, label) -> answered rightly
+COLUMNS = {
+    **dict.fromkeys(("split", "flops_target", "checkpoint"), "str"),
+    **dict.fromkeys(("index", "label", "predicted"), "int64"),
+}
+
+LIMIT = "flops_max"  # a column that older files lack
+KNOWN = {**COLUMNS, LIMIT: "str"}
+
+
+class Answers(NamedTuple):
+    """Which test images were answered rightly. images: their indices and labels, as bytes; right_N: 0 or 1, or means of it."""
+
+    images: bytes
+    right_N: np.ndarray[Any, Any]
 
 
 class Difference(NamedTuple):
@@ -23,7 +39,7 @@ class Difference(NamedTuple):
     high: float
 
 
-def paired(right: Images, others: Sequence[Images], weights: Sequence[float]) -> Difference | None:
+def paired(own: Answers | None, others: Sequence[Answers | None], weights: Sequence[float]) -> Difference | None:
     """McNemar-type normal interval of a row against the weighted mean of others on the same N images; else None.
 
     d_i = right_i - sum_k weight_k other_ki; 100 (mean(d) +- z sqrt(mean(d^2) - mean(d)^2) / sqrt(N)), z = 1.96. For one other
@@ -31,32 +47,62 @@ def paired(right: Images, others: Sequence[Images], weights: Sequence[float]) ->
     (b - c) / N +- z sqrt(b + c - (b - c)^2 / N) / N, b and c counting the images right in one alone.
     The spread over seeds is no part of it.
     """
-    if not right or not others or any(other.keys() != right.keys() for other in others):
+    if own is None or not len(own.right_N):
         return None
-    terms = [hit - sum(w * o[i] for w, o in zip(weights, others, strict=True)) for i, hit in right.items()]
-    mean = math.fsum(terms) / len(terms)
-    variance = max(math.fsum(d * d for d in terms) / len(terms) - mean**2, 0)
-    return _around(mean, math.sqrt(variance / len(terms)))
+    d_N = own.right_N.copy()
+    for weight, other in zip(weights, others, strict=True):
+        if other is None or other.images != own.images:
+            return None
+        d_N -= weight * other.right_N
+    return _around(float(d_N.mean()), float(d_N.std()) / math.sqrt(len(d_N)))
 
 
-def unpaired(top1: float, n: float, other: float, other_n: float) -> Difference:
-    """Rows whose images are not known: independent proportions, sqrt(p (1 - p) / n + q (1 - q) / m); wider than paired."""
-    return _around(top1 - other, math.sqrt(top1 * (1 - top1) / n + other * (1 - other) / other_n))
+def unpaired(top1: float, n: float, others: Sequence[tuple[float, float, float]]) -> Difference:
+    """Rows whose images are not known: independent proportions, sqrt(p (1 - p) / n + sum w^2 q (1 - q) / m).
+
+    others: (q, m, w) each, w a weight on the straight line. Wider than paired.
+    """
+    variance = top1 * (1 - top1) / n + sum(w * w * q * (1 - q) / m for q, m, w in others)
+    return _around(top1 - sum(w * q for q, _, w in others), math.sqrt(variance))
 
 
-def answers(file: Path, target: float | None) -> Images:
-    """The test images of a routes.csv at a target (None: the trained point), last checkpoint.
+def over_seeds(seeds: Sequence[Answers | None]) -> Answers | None:
+    """For each image the share of seeds that answered it rightly; None where a seed is not known or saw other images."""
+    import numpy as np
+
+    known = [each for each in seeds if each is not None]
+    if not known or len(known) < len(seeds) or len({each.images for each in known}) > 1:
+        return None
+    return Answers(known[0].images, np.mean([each.right_N for each in known], axis=0))
+
+
+def answers(file: Path) -> dict[float | None, Answers]:
+    """The test images of a routes.csv for each target in it (None: the trained point), last checkpoint, no limit on them.
 
     Raises InputError on a missing, torn or foreign file.
     """
-    rows = read_rows(file)
-    missing = [name for name in COLUMNS if rows and name not in rows[0]]
+    import pandas as pd
+
+    text = read_text(file)
+    head = text.split("\n", 1)[0].split(",")
+    missing = [name for name in COLUMNS if name not in head]
     if missing:
         raise InputError(f"{file} lacks the columns {', '.join(missing)}: written by another version or program")
-    wanted = ("test", "last", "" if target is None else f"{target:.12g}")
-    free = (r for r in rows if not r.get("flops_max"))  # of rows without a limit on every image
-    mine = (r for r in free if (r["split"], r["checkpoint"], r["flops_target"]) == wanted)
-    return {(r["index"], r["label"]): r["label"] == r["predicted"] for r in mine}
+    if text.count(",") != text.count("\n") * (len(head) - 1):  # no cell of ours is quoted
+        raise InputError(f"{file} is not a routes.csv: it has lines that do not fit its header")
+    try:
+        frame = pd.read_csv(io.StringIO(text), usecols=lambda name: name in KNOWN, keep_default_na=False, dtype=KNOWN)
+        free = frame[frame[LIMIT] == ""] if LIMIT in frame else frame
+        mine = free[(free["split"] == "test") & (free["checkpoint"] == "last")]
+        return {float(str(t)) if t else None: _answers(part) for t, part in mine.groupby("flops_target")}
+    except ValueError as error:  # pandas' ParserError is one
+        raise InputError(f"{file} is not a routes.csv: {error}") from None
+
+
+def _answers(part: Any) -> Answers:
+    part = part.sort_values(["index", "label"], kind="stable")
+    right_N = (part["label"] == part["predicted"]).to_numpy(dtype="float64")
+    return Answers(part[["index", "label"]].to_numpy().tobytes(), right_N)
 
 
 def _around(mean: float, error: float) -> Difference:

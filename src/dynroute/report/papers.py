@@ -27,7 +27,13 @@ PLACES = {
     "rnp:fig-cifar10": "curve of four conv layers",
     "rnp:fig-cifar100": "curve of VGG-16",
 }
-OURS = {**dict.fromkeys(recipes.VARIANTS, "dmnn"), "rnp": "rnp", "vanilla": STATIC}  # reported method -> ours
+OURS = {  # reported method -> ours
+    **dict.fromkeys(recipes.VARIANTS, "dmnn"),
+    **{theirs: f"prune_{by}" for theirs, by in recipes.PRUNED.items()},
+    "rnp": "rnp",
+    "vanilla": STATIC,
+    "slimmable-0.75": "slimmable",
+}
 WORDS = ("paper", "table", "dataset", "method", "backbone", "certainty", "note")  # the rest are numbers
 
 
@@ -101,16 +107,20 @@ def _share(paper: Row) -> float | None:
 
 
 def _reproduced(paper: Row, share: float | None, runs: list[Row]) -> Row | None:
-    """The run that stands for a reported row; of several the nearest in share, never the most accurate."""
-    found = (run for run in runs if _matches(paper, share, run))
-    return min(found, key=lambda r: (abs(r["macs_share"] - (share or 1)), r["label"]), default=None)
+    """The run that stands for a reported row; of several one trained for its target, then the nearest in share.
+
+    Never the most accurate.
+    """
+    found = [run for run in runs if _matches(paper, share, run)]
+    trained = [run for run in found if _as_trained(paper, run)]
+    return min(trained or found, key=lambda r: (abs(r["macs_share"] - (share or 1)), r["label"]), default=None)
 
 
 def _matches(paper: Row, share: float | None, run: Row) -> bool:
     if run["control"]:
         return False
-    whole, target = paper["method"] in recipes.STATIC_FULL, run["flops_target"]
-    method = STATIC if whole else OURS.get(paper["method"])
+    whole = paper["method"] in recipes.STATIC_FULL or paper["method"].startswith(recipes.RESNEXT)
+    method, target = STATIC if whole else OURS.get(paper["method"]), run["flops_target"]
     wanted = {"dataset": paper["dataset"], "backbone": recipes.backbone(paper), "method": method}
     if any(run[name] != value for name, value in wanted.items()):
         return False
@@ -119,8 +129,14 @@ def _matches(paper: Row, share: float | None, run: Row) -> bool:
     if whole:
         return target != target and run["macs_share"] > 0.99  # full width; nan: no target
     if paper["target"] is not None:
-        return abs(target - paper["target"]) < 1e-6
+        return _as_trained(paper, run) or abs(target - paper["target"]) < 1e-6
     return share is not None and abs(run["macs_share"] - share) <= TOLERANCE + 1e-9
+
+
+def _as_trained(paper: Row, run: Row) -> bool:
+    """A row of the trained point (target nan) of a run that was trained for the paper's target, as its config.yaml tells."""
+    asked, target = paper["target"], run["flops_target"]
+    return asked is not None and target != target and run["trained_for"] == f"{asked:g}"
 
 
 def _same_parts(paper: Row, run: Row) -> bool:
@@ -136,7 +152,7 @@ CELLS = {  # header -> column and format
     "reported top-5 error increase, points": ("reported_top5_error_increase_points", "g"),
     "reported FLOPs (G multiply-adds)": ("reported_macs_g", "g"),
     "reported share %": ("reported_share_pct", ".1f"),
-    **{name: (name, "") for name in ("certainty", "run")},
+    **{name: (name, "") for name in ("certainty", "note", "run")},
     "seeds": ("n_seeds", "d"),
     "reproduced top-1 error %": ("reproduced_top1_error_pct", ".2f"),
     "+-": ("reproduced_top1_error_std", ".2f"),
@@ -152,18 +168,30 @@ def cells(paper: PaperTable) -> list[dict[str, str]]:
     return [{h: row[h] for h in kept} for row in shown]
 
 
-def missing(paper: PaperTable) -> list[str]:
-    """A line for each row without a run: what it needs."""
+class Missing(NamedTuple):
+    """A reported row without a run. needs: data and hours, or what dynroute lacks, where there is no command."""
+
+    name: str
+    needs: str
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.command} | {self.needs}" if self.command else f"{self.name}: {self.needs}"
+
+
+def missing(paper: PaperTable) -> list[Missing]:
+    """What each row without a run needs."""
     return [_missing(row) for row in paper.rows if not row["run"]]
 
 
-def _missing(row: Row) -> str:
+def _missing(row: Row) -> Missing:
     told = {"N": row["sub_blocks"], "target": row["target"], "share %": row["reported_share_pct"]}
     where = ", ".join(f"{k} {v:.4g}" for k, v in told.items() if v is not None)
     name = f"{row['method']}, {row['backbone']}" + (f" ({where})" if where else "")
     if not row["to_make_command"]:
-        return f"{name}: {row['to_make_lacks']}"
-    return f"{name}: {row['to_make_command']} | {row['to_make_data']}, about {row['to_make_hours']:.2g} h on one H200"
+        return Missing(name, row["to_make_lacks"], "")
+    needs = f"{row['to_make_data']}, about {row['to_make_hours']:.2g} h on one H200"
+    return Missing(name, needs, row["to_make_command"])
 
 
 def to_rich(paper: PaperTable) -> Table:

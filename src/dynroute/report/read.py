@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynroute.contracts import InputError
-from dynroute.records import EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
+from dynroute.records import BENCH_FILE, EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
+from dynroute.report.timing import of_row, read_times
 
 Row = dict[str, Any]
 CONFIG_FILE = "config.yaml"
-TABLE_FILE, PICTURE_FILE, PAPERS_FILE = "table.csv", "accuracy_flops.csv", "papers.csv"
-NOT_EVAL = frozenset(
-    {TRAIN_FILE, ROUTES_FILE, TABLE_FILE, PICTURE_FILE, PAPERS_FILE}
-)  # our own files: --out may be a results folder
+TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE = "table.csv", "controls.csv", "times.csv", "papers.csv"
+OWN_FILES = frozenset({TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE})  # --out may be a results folder
+RUN_FILES = frozenset({TRAIN_FILE, ROUTES_FILE, BENCH_FILE})
 NEEDED = ("top1", "macs_share")
-BESIDE = ("parts", "variant", "routes_file")  # from files beside the rows
+BESIDE = ("parts", "variant", "trained_for", "routes_file", "timed", "times")  # from files beside the rows
 
 
 class LeftOut(NamedTuple):
@@ -43,6 +43,9 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], list[LeftOut]]:
         except InputError as error:
             left_out.append(LeftOut(_shown(file), reason_of(error, file)))
             continue
+        timed = _timed(file.with_name(BENCH_FILE), left_out)
+        for row in rows:
+            row.update(timed=timed, times=of_row(row, timed))
         usable = [row for row in rows if all(_finite(row[name]) for name in NEEDED)]
         if len(usable) < len(rows):
             reason = f"{len(rows) - len(usable)} of {len(rows)} test rows have no number for {' or '.join(NEEDED)}"
@@ -81,12 +84,17 @@ def _files(path: Path) -> Iterator[Path]:
         yield path / EVAL_FILE
     else:
         runs = [p / EVAL_FILE for p in sorted(path.iterdir()) if p.is_dir() and _is_run(p)]
-        tables = [p for p in sorted(path.glob("*.csv")) if p.name not in NOT_EVAL]
+        tables = [p for p in sorted(path.glob("*.csv")) if not _is_other(p)]
         yield from runs + tables or [path / EVAL_FILE]
 
 
 def _is_run(path: Path) -> bool:
     return any((path / name).exists() for name in (EVAL_FILE, TRAIN_FILE, CONFIG_FILE, "last.pt"))
+
+
+def _is_other(file: Path) -> bool:
+    """A CSV of a run or of a comparison that holds no rows of `eval`; the numbers of a picture lie beside its SVG."""
+    return file.name in OWN_FILES | RUN_FILES or file.with_suffix(".svg").exists()
 
 
 def _nearest(path: Path) -> str:
@@ -110,20 +118,42 @@ def _test_rows(file: Path) -> list[Row]:
     return [{**row, **told, "routes_file": str(routes) if routes.exists() else ""} for row in tested]
 
 
-def _told(config: Path) -> Row:
-    """What a run's own configuration tells beside its rows. parts: into how many a block is cut, empty where unknown.
+def _timed(file: Path, left_out: list[LeftOut]) -> list[Row]:
+    """The rows of a bench.csv, if there is one; none where it cannot be read, which is said in left_out."""
+    if not file.exists():
+        return []
+    try:
+        return read_times(file)
+    except InputError as error:
+        left_out.append(LeftOut(file, f"{reason_of(error, file)} (no times)"))
+        return []
 
-    variant: the options of DMNN's ablation that are off, as `recipes.VARIANTS` names them.
+
+def _told(config: Path) -> Row:
+    """What a run's own configuration tells beside its rows; empty where unknown. parts: into how many a block is cut.
+
+    variant: the options of DMNN's ablation that are off, or "aig", as `recipes.VARIANTS` names them.
+    trained_for: router.target.
     """
     import yaml
 
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        values = yaml.load(config.read_text(encoding="utf-8"), _loader())
         parts, router = values["backbone"]["parts"], values["router"]
         off = " ".join(name for name in ("category", "previous") if router.get(name) is False)
+        variant = "aig" if router.get("resource") == "aig" else off
+        target = router.get("target")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return {"parts": "", "variant": ""}
-    return {"parts": str(parts) if parts else "", "variant": off}
+        return {"parts": "", "variant": "", "trained_for": ""}
+    trained_for = f"{target:g}" if isinstance(target, int | float) else ""
+    return {"parts": str(parts) if parts else "", "variant": variant, "trained_for": trained_for}
+
+
+def _loader() -> Any:
+    """A safe YAML loader, the one written in C where PyYAML has it: ten times as fast."""
+    import yaml
+
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _with_their_net(rows: list[Row]) -> tuple[list[Row], int]:
@@ -138,12 +168,18 @@ def _setting(row: Row) -> tuple[Any, ...]:
 
 
 def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOut]]:
-    """Keep the last of the rows alike in setting and seed: counted twice, they would pass for two seeds."""
+    """Keep the last of the rows alike in setting and seed: counted twice, they would pass for two seeds.
+
+    Of rows that are the same throughout, the one with its routes at hand.
+    """
     kept: dict[tuple[Any, ...], tuple[Path, Row]] = {}
     repeats: dict[LeftOut, None] = {}
     for file, row in found:
         key = (*_setting(row), row["control"])
-        if key in kept and _numbers(kept[key][1]) != _numbers(row):
+        same = key in kept and _numbers(kept[key][1]) == _numbers(row)
+        if same and kept[key][1]["routes_file"] and not row["routes_file"]:
+            continue
+        if key in kept and not same:
             reason = f"same configuration, seed and target as {_shown(file)}, which is shown in its place"
             repeats[LeftOut(_shown(kept[key][0]), reason)] = None
         kept[key] = (file, row)

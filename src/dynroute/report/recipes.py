@@ -6,8 +6,18 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 STATIC_FULL = ("resnet", "resnet-pytorch", "resnet-ours", "mobilenetv2", "mobilenetv2-ours")  # the plain nets
-BACKBONES = {("vgg16", "cifar100"): "vgg16_cifar", ("mobilenetv2", "imagenet"): "mobilenet_v2"}  # theirs -> ours
-LACKING = {"mobilenetv2-1.4": "MobileNetV2 at width 1.4"}  # backbones that dynroute does not have
+BACKBONES = {  # theirs -> ours
+    ("vgg16", "cifar100"): "vgg16_cifar",
+    ("resnet50", "cifar100"): "resnet50_cifar",
+    ("mobilenetv2", "imagenet"): "mobilenet_v2",
+    ("mobilenetv2-1.4", "imagenet"): "mobilenet_v2_140",
+}
+RESNEXT = "resnext-"  # reported methods that are a static net of another backbone: resnext-2x40d is resnext50_2x40d
+PRUNED = {"taylor-pruning": "taylor", "filter-pruning": "l1"}  # reported method -> --by of experiments/prune.py
+LACKING = {  # reported methods that dynroute does not have
+    "jaderberg": "low-rank factors of trained filters (Jaderberg et al.), which dynroute does not make",
+    "asymmetric": "low-rank factors of trained filters (Zhang et al.), which dynroute does not make",
+}
 DATA = {
     "imagenet": "ImageNet-1k (138 GB, train/WNID/* and val/WNID/*)",
     "cifar10": "CIFAR-10 (170 MB)",
@@ -18,7 +28,10 @@ RATE, FASTEST = 3e13, 5000.0  # operations and images a second: see `hours`
 DENSE_MACS = {  # of one image; the reported figures, where there are some
     "resnet50/imagenet": 3.96e9,
     "resnet101/imagenet": 7.67e9,
+    "resnext50/imagenet": 4.2e9,
+    "resnext101/imagenet": 7.9e9,
     "mobilenetv2/imagenet": 0.30e9,
+    "mobilenetv2-1.4/imagenet": 0.57e9,
     "resnet50/cifar100": 0.33e9,
     "vgg16/imagenet": 15.47e9,
     "vgg16/cifar100": 0.313e9,
@@ -35,13 +48,19 @@ VARIANTS = {  # rows of the ablation, by the options that are off
     "dmnn-prev": "category",
     "dmnn-cat": "previous",
     "dmnn-no-prev-no-cat": "category previous",
+    "convnet-aig": "aig",
 }
+SLIMMABLE = {  # widths of our parts near the reported share of S-...-0.75: the paper slims every channel, we the routable ones
+    "resnet50": "backbone.parts=8 router.widths=[0.25,0.5,0.625,1.0]",
+    "mobilenetv2": "backbone.parts=4 router.widths=[0.25,0.5,0.75,1.0]",
+}
+SHORT = {"resnet50": "50", "resnet101": "101"}  # in names of YAML files
+SUFFIXES = {"": "", "aig": "", "category": "_nocat", "previous": "_noprev", "category previous": "_noprev_nocat"}
 RNP_SHARES = {3: "0.3333", 4: "0.25", 5: "0.2", 10: "0.1"}  # rnp:tab2, by speed-up
-VANILLA: dict[
-    str, dict[float, int | str | None]
-] = {  # share in percent of the reported row -> experiment of the same share
+TUNED = 20  # epochs of fine-tuning a pruned net. Ours
+VANILLA: dict[str, dict[float, int | str]] = {  # share in percent of the reported row -> experiment of the same share
     "conv4": {16.7: 17, 23.3: 23, 37.1: 37, 61.2: 61, 100.0: 100},
-    "vgg16": {9.1: None, 26.4: 26, 38.7: 39, 54.5: 55, 76.9: 77, 100.0: "baseline"},
+    "vgg16": {9.1: 9, 26.4: 26, 38.7: 39, 54.5: 55, 76.9: 77, 100.0: "baseline"},
 }
 HOURS_NOTE = (
     "hours: a rough estimate for one H200, never measured: epochs x images x 3 x 2 x the dense net's multiply-adds (a pass back "
@@ -66,11 +85,10 @@ def need(row: Row) -> Need:
     """What a reported row needs, from its method, backbone, dataset, sub_blocks, target, speedup_macs and share."""
     place = f"{row['backbone']}/{row['dataset']}"
     steps, epochs = _steps(row)
-    if row["backbone"] in LACKING:
-        return Need("", "", None, f"dynroute has no {LACKING[row['backbone']]} yet")
     if not steps:
-        return Need("", "", None, f"dynroute has no {row['method']} for this backbone and cost yet")
-    command = " && ".join(f"dynroute {step}" for step in steps)
+        lacks = LACKING.get(row["method"], f"dynroute has no {row['method']} for this backbone and cost yet")
+        return Need("", "", None, lacks)
+    command = " && ".join(step if step.startswith("python ") else f"dynroute {step}" for step in steps)
     return Need(command, DATA[row["dataset"]], hours(row["dataset"], DENSE_MACS[place], epochs), "")
 
 
@@ -81,6 +99,8 @@ def hours(dataset: str, macs: float, epochs: int) -> float:
 
 def backbone(row: Row) -> str:
     """Our name of a reported row's backbone."""
+    if row["method"].startswith(RESNEXT):
+        return f"{row['backbone']}_{row['method'].removeprefix(RESNEXT)}"
     return BACKBONES.get((row["backbone"], row["dataset"]), str(row["backbone"]))
 
 
@@ -88,28 +108,61 @@ def _steps(row: Row) -> tuple[list[str], int]:
     """The commands that make a row, in their order, less the program's name; and their epochs together."""
     if row["method"] in VARIANTS:
         return _dmnn(row)
-    if row["method"] in STATIC_FULL:
+    if row["method"] in STATIC_FULL or row["method"].startswith(RESNEXT):
         return _full(row)
-    by_method = {"rnp": _rnp, "vanilla": _vanilla}
+    if row["method"] in PRUNED:
+        return _pruned(row)
+    by_method = {"rnp": _rnp, "vanilla": _vanilla, "slimmable-0.75": _slimmable}
     return by_method[row["method"]](row) if row["method"] in by_method else ([], 0)
 
 
 def _dmnn(row: Row) -> tuple[list[str], int]:
-    """As in the paper, section 4: trained from scratch at its target, N sub-blocks a block."""
-    dataset, target = row["dataset"], f"{row['target']:g}"
-    options = {"name": "dmnn", "target": target, "epochs": str(EPOCHS[dataset])}
-    options |= dict.fromkeys(VARIANTS[row["method"]].split(), "false")
-    keys = " ".join(f"router.{k}={v}" for k, v in options.items())
+    """As in the paper, section 4: trained from scratch at its target, N sub-blocks a block, evaluated as trained."""
+    epochs, target = EPOCHS[row["dataset"]], f"{row['target']:g}"
+    if row["dataset"] == "imagenet":
+        off = VARIANTS[row["method"]]
+        net = SHORT.get(row["backbone"], f"_{row['backbone']}".replace("-", "_"))
+        stem = f"convnet_aig{net}" if off == "aig" else f"dmnn{net}_n{row['sub_blocks']:g}"
+        return _imagenet(f"{stem}_t{target}{SUFFIXES[off]}"), epochs
     name = f"{row['method']}_{row['backbone']}_n{row['sub_blocks']:g}_{target}"
+    keys = f"router.name=dmnn router.target={target} router.epochs={epochs}"
     net = f"backbone.name={backbone(row)} backbone.parts={row['sub_blocks']:g}"
-    return _made(name, f"{keys} {net} {_data(dataset)} {_recipe(row)}", f" --flops-target {target}"), EPOCHS[dataset]
+    return _made(name, f"{keys} {net} {_data(row['dataset'])} {_recipe(row)}", ""), epochs
 
 
 def _full(row: Row) -> tuple[list[str], int]:
-    dataset = row["dataset"]
+    dataset, epochs = row["dataset"], EPOCHS[row["dataset"]]
+    if dataset == "imagenet":
+        own = backbone(row) if row["method"].startswith(RESNEXT) else str(row["backbone"])
+        return _imagenet(own.replace("-", "_")), epochs
     name = f"static_{row['backbone']}_{dataset}"
-    keys = f"router.name=static router.epochs={EPOCHS[dataset]} backbone.name={backbone(row)}"
-    return _made(name, f"{keys} {_data(dataset)} {_recipe(row)}", ""), EPOCHS[dataset]
+    keys = f"router.name=static router.epochs={epochs} backbone.name={backbone(row)}"
+    return _made(name, f"{keys} {_data(dataset)} {_recipe(row)}", ""), epochs
+
+
+def _pruned(row: Row) -> tuple[list[str], int]:
+    """A dense net cut and fine-tuned: ResNet-50 is trained first, VGG-16 starts from torchvision's weights."""
+    share = row["macs_ratio_pct"] / 100 if row["macs_ratio_pct"] else 1 / row["speedup_macs"]
+    if row["backbone"] == "vgg16":
+        keys = "router.name=static router.epochs=0 backbone.name=vgg16 backbone.weights=data/vgg16-397923af.pth"
+        name, dense, epochs = "vgg16", f"train name=vgg16 {keys} {_data('imagenet')} optim.lr=1e-3", TUNED
+    else:
+        name, (dense, _), epochs = row["backbone"], _imagenet(row["backbone"]), EPOCHS["imagenet"] + TUNED
+    asked = f"--share {share:.4g} --by {PRUNED[row['method']]} --epochs {TUNED} --lr 1e-3 --out runs/pruned"
+    return [dense, f"python experiments/prune.py runs/{name} {asked}"], epochs
+
+
+def _imagenet(name: str) -> list[str]:
+    return [f"train -c experiments/imagenet/{name}.yaml data.path={_folder('imagenet')}", f"eval runs/{name}"]
+
+
+def _slimmable(row: Row) -> tuple[list[str], int]:
+    """All four widths in one run, as many passes over the images in each epoch."""
+    name = f"slimmable_{row['backbone']}_{row['dataset']}"
+    widths, epochs = SLIMMABLE[row["backbone"]], EPOCHS[row["dataset"]]
+    keys = f"router.name=slimmable router.epochs={epochs} backbone.name={backbone(row)} {widths}"
+    asked = f" --flops-target {row['macs_ratio_pct'] / 100:g}"
+    return _made(name, f"{keys} {_data(row['dataset'])} {_recipe(row)}", asked), 4 * epochs
 
 
 def _made(name: str, keys: str, asked: str) -> list[str]:
@@ -134,21 +187,19 @@ def _rnp(row: Row) -> tuple[list[str], int]:
     if row["dataset"] == "imagenet":
         times = round(row["speedup_macs"])
         name = f"rnp_vgg16_{times}x"
-        train = f"train -c experiments/imagenet/{name}.yaml data.path=IMAGENET"
-        return [train, f"eval runs/{name} --flops-target {RNP_SHARES[times]}"], 34
+        train, evaluate = _imagenet(name)
+        return [train, f"{evaluate} --flops-target {RNP_SHARES[times]}"], 34
     share = row["macs_ratio_pct"] / 100
     stages = {"conv4": ("start", "rnp"), "vgg16": ("baseline", "widths", "rnp")}[row["backbone"]]
-    epochs = {"conv4": 7, "vgg16": 500}[row["backbone"]]
+    epochs = {"conv4": 16, "vgg16": 500}[row["backbone"]]
     steps = [step for stage in stages for step in _experiment(row, stage)[:1]]
     return [*steps, f"eval runs/{_kind(row)}/rnp --flops-target {share:g}"], epochs
 
 
 def _vanilla(row: Row) -> tuple[list[str], int]:
-    stage = VANILLA[row["backbone"]].get(row["macs_ratio_pct"])
-    if stage is None:
-        return [], 0
+    stage = VANILLA[row["backbone"]][row["macs_ratio_pct"]]
     name = stage if isinstance(stage, str) else f"vanilla_{stage}"
-    return _experiment(row, name), {"conv4": 6, "vgg16": 300}[row["backbone"]]
+    return _experiment(row, name), {"conv4": 15, "vgg16": 300}[row["backbone"]]
 
 
 def _experiment(row: Row, name: str) -> list[str]:

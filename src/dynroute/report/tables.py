@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynroute.contracts import InputError
 from dynroute.records import EVAL_COLUMNS, NUMBERS
-from dynroute.report.paired import Images, answers, paired, unpaired
-from dynroute.report.read import BESIDE, LeftOut, Row, base_name, identity, reason_of
+from dynroute.report import controls
+from dynroute.report.controls import EQUAL, STATIC, TOLERANCE
+from dynroute.report.read import BESIDE, LeftOut, Row, base_name, identity
+from dynroute.report.timing import Clock, Taken
 
 if TYPE_CHECKING:  # pandas and rich take a while to import, and most commands need neither
     import pandas as pd
     from rich.table import Table
 
-STATIC = "static"
-TOLERANCE = 0.02  # a target is reached when the share lies this near
 SETTING = ["method", "backbone", "dataset", "identity", "flops_target"]
 GROUP = [*SETTING, "control"]
 PLACE = ["dataset", "backbone"]  # rows are comparable within one
@@ -35,50 +33,65 @@ COLUMNS = (
         "macs_p95",
     ),
     *("router_share", "top1", "top1_std", "top5", "n_seeds", "n", "reached", "static_top1", "vs_static"),
-    *("latency_ms_p50", "speedup", "epochs", "params", "seeds", "commits", "machine", "parts", "variant"),
-    *("vs_static_low", "vs_static_high", "vs_routed", "vs_routed_low", "vs_routed_high"),
+    *("vs_static_low", "vs_static_high", "latency_ms_p50", "latency_clock", "speedup", "epochs", "params"),
+    *("parts", "variant", "trained_for", "runs", "seeds", "commits", "machine", "config_hash", "torch", "weights"),
 )
 MEANS = ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1", "top5", "epochs")
 FLOPS = "FLOPs (multiply-adds)"
 
 
-def build(rows: list[Row], left_out: list[LeftOut] | None = None) -> pd.DataFrame:
-    """The main table: one line per method, setting and target, pooled over seeds. Columns: see COLUMNS.
+class Tables(NamedTuple):
+    """main: a line per method, setting and target, columns COLUMNS; lines: each beside its controls, see `controls.build`."""
 
-    The controls made from a line's own routes (column control) stand under it.
+    main: pd.DataFrame
+    lines: pd.DataFrame
 
+
+def build(rows: list[Row], left_out: list[LeftOut]) -> Tables:
+    """The tables of rows that `read` found, pooled over seeds. A routes.csv that cannot be read is added to left_out.
+
+    Rows of the controls made from a line's own routes (column control) stand under it.
     top1_std: sample standard deviation over seeds, empty for one. reached: share within 0.02 of the target.
-    static_top1: see `add_static`. vs_static: top1 - static_top1, in points of a percent.
+    static_top1: top-1 of the narrower static nets of equal multiply-adds; vs_static: top1 less that, in points of a percent.
+    latency_ms_p50: per image, of the smallest batch and fewest threads that were timed, as latency_clock says.
     """
+    table = pool(rows)
+    lines = controls.build(table.to_dict("records"), left_out)  # type: ignore[arg-type]
+    near = controls.at_equal_cost(lines)
+    columns = ["static_top1", "vs_static", "vs_static_low", "vs_static_high"]
+    table[columns] = near[["control_top1", "difference", "low", "high"]].set_axis(columns, axis=1)
+    main = table.reindex(columns=list(COLUMNS)).astype({"n": "Int64", "params": "Int64"})
+    return Tables(main, lines)
+
+
+def pool(rows: list[Row]) -> pd.DataFrame:
+    """Rows of one setting and several seeds as one, in the order in which they are shown."""
     import pandas as pd
 
     frame = pd.DataFrame(rows, columns=[*EVAL_COLUMNS, *BESIDE]).astype(dict.fromkeys(NUMBERS, "float64"))
     frame["identity"] = [identity(row) for row in rows]
+    frame = frame.sort_values(["seed", "run"], kind="stable")  # sums of numbers depend on their order
     groups = frame.groupby(GROUP, dropna=False, sort=True)
     table = pd.DataFrame([{**dict(zip(GROUP, key, strict=True)), **_pool(part)} for key, part in groups])
-    table["label"] = _labels(table)
-    add_static(table)
-    left_out = [] if left_out is None else left_out
-    add_intervals(table, left_out)
-    add_controls(table)
+    table["label"] = labels(table)
     table["other"] = table["method"] != STATIC  # sorts static first
     table["setting_share"] = table.groupby(SETTING, dropna=False)["macs_share"].transform("first")  # the net's own
     order = [*PLACE, "other", "method", "label", "setting_share", "flops_target", "identity", "control"]
-    return table.sort_values(order, ignore_index=True)[list(COLUMNS)].astype({"n": "Int64", "params": "Int64"})
+    return table.sort_values(order, ignore_index=True)
 
 
-def empty() -> pd.DataFrame:
-    """The main table of no runs."""
+def empty() -> Tables:
+    """The tables of no runs."""
     import pandas as pd
 
-    return pd.DataFrame(columns=list(COLUMNS))
+    return Tables(pd.DataFrame(columns=list(COLUMNS)), pd.DataFrame(columns=list(controls.COLUMNS)))
 
 
 def _pool(part: pd.DataFrame) -> dict[str, Any]:
     """One line of the table from the rows of its seeds."""
     target, share = part["flops_target"].iloc[0], part["macs_share"].mean()
     asked = target == target and not part["control"].iloc[0]  # nan: no target; controls are not asked to meet one
-    same_clock = len(part[LATENCY_SETTING].drop_duplicates()) == 1  # times of two machines have no mean
+    first = part.iloc[0]
     return {
         **{name: part[name].mean() for name in MEANS},
         "run": min(part["run"]),
@@ -86,15 +99,35 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "n_seeds": len(part),
         "n": part["n"].min(),
         "params": part["params"].max(),
-        "parts": part["parts"].iloc[0],
-        "variant": part["variant"].iloc[0],
-        "routes_file": part["routes_file"].iloc[0] if len(part) == 1 else "",
+        **{name: first[name] for name in ("parts", "variant", "trained_for")},
+        "routes_files": list(part["routes_file"]),
         "reached": bool(abs(share - target) <= TOLERANCE + 1e-9) if asked else None,
-        "latency_ms_p50": part["latency_ms_p50"].mean() if same_clock else float("nan"),
-        "speedup": part["speedup"].mean() if same_clock else float("nan"),
+        **_times(part),
         "seeds": _join(f"{seed:.0f}" for seed in sorted(part["seed"])),
+        "runs": _join(part["run"]),
         "commits": _join(part["commit"]),
-        "machine": _join(part["machine"]),
+        **{name: _join(part[name]) for name in ("machine", "config_hash", "torch", "weights")},
+    }
+
+
+def _times(part: pd.DataFrame) -> dict[str, Any]:
+    """times: the mean over seeds by clock, of clocks that all of them know; and the first of these for the main table.
+
+    Rows of before clocks were written have their stored time, where it is of one machine: times of two have no mean.
+    """
+    seeds: list[dict[Clock, Taken]] = list(part["times"])
+    clocks = [clock for clock in sorted(seeds[0]) if all(clock in times for times in seeds)]
+    times = {
+        clock: Taken(*(sum(x) / len(seeds) for x in zip(*(t[clock] for t in seeds), strict=True))) for clock in clocks
+    }
+    same = len(part[LATENCY_SETTING].drop_duplicates()) == 1
+    stored = Taken(*(part[name].mean() if same else float("nan") for name in ("latency_ms_p50", "speedup")))
+    taken = times[clocks[0]] if clocks else stored
+    return {
+        "times": times,
+        "latency_ms_p50": taken.ms,
+        "speedup": taken.speedup,
+        "latency_clock": str(clocks[0]) if clocks else "",
     }
 
 
@@ -102,7 +135,7 @@ def _join(words: Iterable[str]) -> str:
     return " ".join(dict.fromkeys(word for word in words if word))
 
 
-def _labels(table: pd.DataFrame) -> list[str]:
+def labels(table: pd.DataFrame) -> list[str]:
     """The method, or where it was run in several configurations, the run's name less its seed."""
     places = [*PLACE, "method"]
     several = table.groupby(places)["identity"].transform("nunique") > 1
@@ -113,98 +146,16 @@ def _labels(table: pd.DataFrame) -> list[str]:
     return [f"{label} {owner[:6]}" if count > 1 else label for label, owner, count in named]
 
 
-def add_static(table: pd.DataFrame) -> None:
-    """Add static_top1 and vs_static: what the static nets of the place reach at a routed row's cost."""
-    table["static_top1"] = float("nan")
-    for _, part in table.groupby(PLACE):
-        shares, top1s = chord(part)
-        routed = part[part["method"] != STATIC]
-        table.loc[routed.index, "static_top1"] = [_on_chord(x, shares, top1s) for x in routed["macs_share"]]
-    table["vs_static"] = 100 * (table["top1"] - table["static_top1"])
-
-
-def add_intervals(table: pd.DataFrame, left_out: list[LeftOut]) -> None:
-    """Add vs_static_low, vs_static_high: `paired` against the same static nets; single runs with routes.csv alone.
-
-    A routes.csv that cannot be read gives no interval and is added to left_out.
-    """
-    table[["vs_static_low", "vs_static_high"]] = float("nan")
-    files: dict[tuple[str, float], Images] = {}
-    for _, part in table.groupby(PLACE):
-        static = part[(part["method"] == STATIC) & (part["control"] == "")]
-        best = static.sort_values("top1").drop_duplicates("macs_share", keep="last").sort_values("macs_share")
-        routed = part[(part["control"] == "") & part["static_top1"].notna() & (part["routes_file"] != "")]
-        for place, row in routed.iterrows():
-            near = _neighbours(row["macs_share"], list(best["macs_share"]))
-            others = [best.iloc[k] for k in near]
-            images = [_images(each, files, left_out) for each in (row, *others)]
-            difference = paired(images[0], images[1:], list(near.values()))
-            if difference:
-                table.loc[[place], ["vs_static_low", "vs_static_high"]] = [difference[1:]]
-
-
-def _neighbours(share: float, shares: list[float]) -> dict[int, float]:
-    """Places of the static nets on both sides of a share, with their weights on the straight line; beyond the ends one."""
-    after = next((k for k, x in enumerate(shares) if x >= share), None)
-    if after in (None, 0):
-        return {0 if after == 0 else len(shares) - 1: 1.0}
-    part = (share - shares[after - 1]) / (shares[after] - shares[after - 1])
-    return {after - 1: 1 - part, after: part}
-
-
-def _images(row: pd.Series[Any], files: dict[tuple[str, float], Images], left_out: list[LeftOut]) -> Images:
-    """The answers of a row's routes.csv; none where it has none, or where it cannot be read, which is said in left_out."""
-    target = row["flops_target"]
-    key = (row["routes_file"], -1.0 if target != target else target)
-    if key not in files:
-        try:
-            files[key] = answers(Path(key[0]), None if key[1] < 0 else target) if key[0] else {}
-        except InputError as error:
-            files[key] = {}
-            said = LeftOut(Path(key[0]), f"{reason_of(error, Path(key[0]))} (no interval)")
-            left_out += [said] if said not in left_out else []
-    return files[key]
-
-
-def add_controls(table: pd.DataFrame) -> None:
-    """Add vs_routed to control rows: top1 of the routed row less theirs, in points, with `unpaired` ends (single runs).
-
-    The answers of controls are not stored, so that the interval is wider than one paired over the images.
-    """
-    names = ["vs_routed", "vs_routed_low", "vs_routed_high"]
-    table[names] = float("nan")
-    for _, part in table.groupby(SETTING, dropna=False):
-        own = part[part["control"] == ""].iloc[0]
-        for place, row in part[part["control"] != ""].iterrows():
-            known = own["n_seeds"] == row["n_seeds"] == 1 and own["n"] > 0 and row["n"] > 0
-            made = unpaired(own["top1"], own["n"], row["top1"], row["n"]) if known else None
-            table.loc[[place], names] = [made or (100 * (own["top1"] - row["top1"]), float("nan"), float("nan"))]
-
-
 def chord(part: pd.DataFrame) -> tuple[list[float], list[float]]:
-    """Shares and accuracies of a place's static nets; of two at one share the better, the harder control."""
-    best: dict[float, float] = {}
-    for share, top1 in part.loc[part["method"] == STATIC, ["macs_share", "top1"]].itertuples(index=False):
-        best[share] = max(top1, best.get(share, top1))
-    return sorted(best), [best[share] for share in sorted(best)]
-
-
-def _on_chord(share: float, shares: list[float], top1s: list[float]) -> float:
-    """Linear between the neighbouring static nets; a static net as near as a target must be met stands in beyond their ends.
-
-    Farther out nan: an extrapolation is no measurement.
-    """
-    import numpy as np
-
-    if not shares or not shares[0] - TOLERANCE <= share <= shares[-1] + TOLERANCE:
-        return float("nan")
-    return float(np.interp(share, shares, top1s))
+    """Shares and accuracies of a place's static nets, between which a routed row's control is read off: their frontier."""
+    static = part.loc[part["method"] == STATIC, ["macs_share", "top1"]]
+    best = controls.frontier([controls.Point(share, top1, {}) for share, top1 in static.itertuples(index=False)])
+    return [point.cost for point in best], [point.top1 for point in best]
 
 
 CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "method": lambda r: r["method"],
     "run": lambda r: r["label"] if r["label"] != r["method"] else "",
-    "control": lambda r: r["control"],
     "backbone": lambda r: r["backbone"],
     "dataset": lambda r: r["dataset"],
     "target": lambda r: _number(r["flops_target"], ".2f"),
@@ -213,22 +164,51 @@ CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "share": lambda r: _number(100 * r["macs_share"], ".1f", " %") + (" missed" if r["reached"] is False else ""),
     "top-1 %": lambda r: _accuracy(r["top1"], r["top1_std"], r["n_seeds"]),
     "seeds": lambda r: f"n={r['n_seeds']}",
-    "vs static": lambda r: _versus(r["vs_static"]),
+    "vs static": lambda r: _versus(r["vs_static"], r["vs_static_low"]),
     "95 % interval": lambda r: _interval(r["vs_static_low"], r["vs_static_high"]),
-    "routed less control": lambda r: _gain(r["vs_routed"], r["vs_routed_low"], r["vs_routed_high"]),
     "latency ms": lambda r: _number(r["latency_ms_p50"], ".2f"),
     "speed-up": lambda r: _number(r["speedup"], ".2f", "x"),
     "epochs": lambda r: _number(r["epochs"], "g"),
 }
-WORDS = frozenset({"method", "run", "control", "backbone", "dataset", "certainty"})  # aligned left, numbers right
+BEATEN, NOT_BEATEN = "beaten", "not beaten"
+WORDS = frozenset(
+    {"method", "run", "control", "backbone", "dataset", "certainty", "note", "at equal", "images", "verdict"}
+)  # aligned left, numbers right
 TITLE = ("dataset", "backbone", "epochs")  # a terminal is narrow
 
 
+CONTROL_CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
+    **{name: CELLS[name] for name in ("method", "run", "backbone", "dataset", "target", "top-1 %")},
+    "control": lambda r: r["control"],
+    "at equal": lambda r: r["basis"],
+    "cost": lambda r: _cost(r["cost"], r["basis"]),
+    "control's cost": lambda r: (
+        _cost(r["control_cost"], r["basis"]) + ("" if r["relation"] == EQUAL else f", {r['relation']}")
+    ),
+    "control's top-1 %": lambda r: _number(100 * r["control_top1"], ".2f"),
+    "difference": lambda r: _number(r["difference"], "+.2f"),
+    "95 % interval": lambda r: _interval(r["low"], r["high"]),
+    "images": lambda r: r["interval"],
+    "verdict": lambda r: BEATEN if r["beaten"] else NOT_BEATEN,
+}
+
+
 def cells(table: pd.DataFrame) -> list[dict[str, str]]:
-    """The table as people read it: for each row a dict from header to text. Empty columns are left out."""
-    rows = table.to_dict("records")
-    shown = [{name: _one_line(cell(row)) for name, cell in CELLS.items()} for row in rows]
-    filled = [name for name in CELLS if any(row[name] for row in shown)]
+    """The main table as people read it, without rows of controls: for each row a dict from header to text.
+
+    Empty columns are left out.
+    """
+    return _texts(table[table["control"] == ""], CELLS)
+
+
+def control_cells(lines: pd.DataFrame) -> list[dict[str, str]]:
+    """The table of controls as people read it."""
+    return _texts(lines, CONTROL_CELLS)
+
+
+def _texts(table: pd.DataFrame, formats: Mapping[str, Callable[[dict[Any, Any]], str]]) -> list[dict[str, str]]:
+    shown = [{name: _one_line(cell(row)) for name, cell in formats.items()} for row in table.to_dict("records")]
+    filled = [name for name in formats if any(row[name] for row in shown)]
     return [{name: row[name] for name in filled} for row in shown]
 
 
@@ -309,12 +289,10 @@ def _interval(low: float, high: float) -> str:
     return f"{low:+.2f} to {high:+.2f}" if low == low else ""
 
 
-def _gain(points: float, low: float, high: float) -> str:
+def _versus(points: float, low: float) -> str:
     """Marked where the routed row does not beat its control, be it for sure (the interval where there is one) or at all."""
-    span = f" ({_interval(low, high)})" if low == low else ""
-    return _number(points, "+.2f", span + (" not beaten" if (low if low == low else points) <= 0 else ""))
+    return _number(points, "+.2f", f" {NOT_BEATEN}" if (low if low == low else points) <= 0 else "")
 
 
-def _versus(points: float) -> str:
-    note = " below static" if points < 0 else " level with static" if points == 0 else ""
-    return _number(points, "+.2f", note)
+def _cost(cost: float, basis: str) -> str:
+    return f"{100 * cost:.1f} %" if basis == controls.FLOPS else f"{cost:.3g} ms"

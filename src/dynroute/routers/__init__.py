@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dynroute.routers import cascade, gates, qlearn, static
+from dynroute.routers import cascade, gates, qlearn, slimmable, static
 from dynroute.routers.base import (
     NOTE,
+    Journey,
     Method,
     Phase,
     Router,
@@ -23,6 +24,13 @@ ROUTERS: dict[str, Method] = {
     ),
     "random": Method(
         static.RandomRouter, static.RandomOptions, static.phases, about="control: parts drawn at random at a rate"
+    ),
+    "slimmable": Method(
+        slimmable.SlimmableRouter,
+        slimmable.SlimmableOptions,
+        slimmable.phases,
+        "channels",
+        "control: slimmable net (ICLR 2019): one net, several static widths, picked by the dial",
     ),
     "cascade": Method(
         cascade.CascadeRouter,
@@ -58,6 +66,7 @@ ROUTERS: dict[str, Method] = {
 __all__ = [
     "NOTE",
     "ROUTERS",
+    "Journey",
     "Limit",
     "Method",
     "Phase",

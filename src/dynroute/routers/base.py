@@ -34,6 +34,19 @@ class Journey(NamedTuple):
     groups: tuple[tuple[Tensor | None, Setting, State], ...]
     spent: Spent | None
 
+    def reordered(self, index_B: Tensor) -> Journey:
+        """The same images in another order: place i then has the image that was at place index_B[i]."""
+        groups = []
+        for rows, setting, state in self.groups:
+            held_B = index_B
+            if rows is not None:
+                place_B = index_B.new_full(index_B.shape, -1)
+                place_B[rows] = torch.arange(len(rows), device=rows.device)
+                rows = (place_B[index_B] >= 0).nonzero()[:, 0]
+                held_B = place_B[index_B[rows]]
+            groups.append((rows, setting, reordered(state, held_B)))
+        return Journey(tuple(groups), reordered(self.spent, index_B))
+
 
 class Router(nn.Module):
     """Decides, unit by unit, which parts each image runs.
@@ -43,6 +56,7 @@ class Router(nn.Module):
     run. 0 is the trained point. price_limits: where the dial's end stops lie (beyond them nothing changes any more).
     setting: the dial as calibrated for a target: one price, or two. limit: what no image may exceed, whatever the price.
     train_only: names of submodules that a deployed net does without. remarks: what the user is told when training starts.
+    pooled: decide() looks at nothing but the mean of a feature map over its pixels, so that it may be given (B, C, 1, 1).
     """
 
     setting: Setting = Setting()
@@ -50,6 +64,7 @@ class Router(nn.Module):
     price_limits: tuple[float, float] = (-1e4, 1e4)
     train_only: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    pooled: bool = False
 
     def __init__(self, specs: Sequence[UnitSpec]) -> None:
         super().__init__()
@@ -70,7 +85,10 @@ class Router(nn.Module):
         return None
 
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
-        """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit."""
+        """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit.
+
+        Every tensor of a state has the images as its first dimension, and none of them shares memory with x_BCHW.
+        """
         raise NotImplementedError("a router must write decide()")
 
     def macs(self) -> float:
@@ -105,6 +123,17 @@ class Router(nn.Module):
             keep_BG, spent = self.limit.lowered(u, decision.keep_BG, spent)
             decision = decision._replace(keep_BG=keep_BG)
         return decision, Journey(tuple(groups), spent)
+
+
+def reordered(state: Any, index_B: Tensor) -> Any:
+    """A router's state for images in another order: every tensor in it has the images as its first dimension."""
+    if isinstance(state, Tensor):
+        return state[index_B] if state.dim() else state
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return type(state)(*(reordered(item, index_B) for item in state))
+    if isinstance(state, list | tuple):
+        return type(state)(reordered(item, index_B) for item in state)
+    return {k: reordered(v, index_B) for k, v in state.items()} if isinstance(state, dict) else state
 
 
 @contextmanager
@@ -151,8 +180,10 @@ class Phase:
     loss: its terms are summed and become columns of train.csv; those named note_... are only recorded.
     routes: keep_BUG for B images instead of the router's own decisions (dense: all ones); None asks the router.
     router_lr: Adam at this rate (and with this router_decay) for the router; None trains it by the backbone's SGD, at
-    router_scale times its rate and without weight decay. lr_scale: of optim.lr, for the backbone.
+    router_scale times its rate and with router_decay on its weights alone. lr_scale: of optim.lr, for the backbone.
     schedule: called before each minibatch with the part of the phase that is done, 0..1 (exploration, temperature).
+    passes: how often each minibatch is run, copy after copy in one forward pass, so that a loss may compare what one image
+    gets under several routes: `routes` is asked for passes x B of them and `loss` is given as many images.
     target: share of the parts that the loss asks for, mean over units; an epoch that ends far from it is remarked upon.
     """
 
@@ -166,6 +197,7 @@ class Phase:
     router_scale: float = 1.0
     lr_scale: float = 1.0
     schedule: Callable[[float], None] | None = None
+    passes: int = 1
     target: float | None = None
 
 

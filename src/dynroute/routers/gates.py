@@ -60,6 +60,8 @@ class DmnnOptions:
     """Probability with which a gate is open before training. Ours, as ConvNet-AIG."""
     gate_lr: float = 1.0
     """Learning rate of the controllers, times optim.lr. Ours."""
+    gate_decay: float = 0.0
+    """Weight decay of the controllers' weights; biases and BatchNorms have none. Ours."""
 
     def __post_init__(self) -> None:
         """Raise InputError on the first value out of range."""
@@ -77,6 +79,7 @@ class DmnnOptions:
         ranged("router.temperature", self.temperature, 1e-3, 1e3)
         ranged("router.open_at_start", self.open_at_start, 0.01, 0.99)
         ranged("router.gate_lr", self.gate_lr, 0.0, 1e3)
+        ranged("router.gate_decay", self.gate_decay, 0.0, 10.0)
 
 
 class Memory(NamedTuple):
@@ -96,6 +99,7 @@ class GateRouter(Router):
     """
 
     train_only = ("category",)
+    pooled = True
     told_K: Tensor
 
     def __init__(self, specs: Sequence[UnitSpec], options: DmnnOptions, superclasses: int = 0) -> None:
@@ -146,7 +150,7 @@ class GateRouter(Router):
         Notes: logits_BG (open minus closed); while training category_BS, and with a budget asked_B, told_B and greedy_BG,
         the gates without noise.
         """
-        z_BC = x_BCHW.mean((2, 3))
+        z_BC = x_BCHW.mean((2, 3)).to(self.get_buffer(f"share_{u}").dtype)  # the net may run in a shorter type
         if self.range is not None and state.told_B is not None:
             told_B1 = self.range.place(state.told_B)[:, None] * 2 - 1
             z_BC = torch.cat([z_BC, told_B1.to(z_BC.dtype)], 1)
@@ -233,10 +237,12 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
             terms["loss_category"] = category_loss(out, batch.superclasses, weights_U)
         return terms
 
-    asked = (
-        sum(router.range) / 2 if router.range else float(targets_U.mean())
-    )  # where price 0, the trained point, stands
-    yield Phase("joint", options.epochs, ("backbone", "router"), loss, router_scale=options.gate_lr, target=asked)
+    # price 0, the trained point, stands in the middle of the range
+    asked = sum(router.range) / 2 if router.range else float(targets_U.mean())
+    rate, decay = options.gate_lr, options.gate_decay
+    yield Phase(
+        "joint", options.epochs, ("backbone", "router"), loss, router_scale=rate, router_decay=decay, target=asked
+    )
 
 
 def executed(out: Output, parts_U: Tensor) -> Tensor:

@@ -206,6 +206,7 @@ class QRouter(Router):
     """
 
     train_only = ("slow",)
+    pooled = True
     epsilon: float = 0.1
     log_charge_K: Tensor
     loss_mean: Tensor

@@ -52,6 +52,7 @@ class StaticRouter(Router):
     """The same keep for every image. The dial narrows: at price p a share width - p of the parts runs (see `spread`)."""
 
     price_limits = (-1.0, 1.0)
+    pooled = True
 
     def __init__(self, specs: Sequence[UnitSpec], options: StaticOptions, superclasses: int = 0) -> None:
         super().__init__(specs)
@@ -84,6 +85,7 @@ class RandomRouter(Router):
     """
 
     price_limits = (-1.0, 1.0)
+    pooled = True
 
     def __init__(self, specs: Sequence[UnitSpec], options: RandomOptions, superclasses: int = 0) -> None:
         super().__init__(specs)

@@ -24,12 +24,12 @@ from dynroute.units.base import (
 )
 from dynroute.units.basic import BASIC, BasicUnit, GroupedBasic, PathBasic
 from dynroute.units.bottleneck import AGGREGATED, BOTTLENECK, AggregatedBottleneck, GroupedBottleneck
-from dynroute.units.chain import ConvUnit
+from dynroute.units.chain import ConvUnit, NarrowConv
 from dynroute.units.choice import ChoiceBasic, ChoiceBottleneck, ChoiceUnit, choice_sizes
 from dynroute.units.inverted import INVERTED, GroupedInverted
 from dynroute.units.paths import PathBottleneck, PathInverted, path_share
 from dynroute.units.ranking import RANKS, best_first, contribution, kernel_norm
-from dynroute.units.whole import Blank, ReadAnswer, WholeNet, answer
+from dynroute.units.whole import Answered, Blank, ReadAnswer, WholeNet, answer, answered
 
 FORMS = ("channels", "paths", "choice", "cascade")
 
@@ -43,6 +43,7 @@ __all__ = [
     "RANKS",
     "STATISTICS",
     "AggregatedBottleneck",
+    "Answered",
     "BasicUnit",
     "Blank",
     "ChoiceBasic",
@@ -52,6 +53,7 @@ __all__ = [
     "GroupedBasic",
     "GroupedBottleneck",
     "GroupedInverted",
+    "NarrowConv",
     "PathBasic",
     "PathBottleneck",
     "PathInverted",
@@ -64,6 +66,7 @@ __all__ = [
     "WholeNet",
     "WidthNorm",
     "answer",
+    "answered",
     "best_first",
     "channel_mask",
     "choice_sizes",

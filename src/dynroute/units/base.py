@@ -30,10 +30,13 @@ class Unit(nn.Module):
 
     reads: the earlier unit whose kept parts are this one's only non-zero input (chains such as VGG); None elsewhere. A unit
     that reads another is called with a third argument, above_BG: the keep of the unit it reads. None: all of it.
+    additive: what a set of parts adds to the shortcut is the sum of what its subsets add; then `narrow` gives a `Residual`,
+    and the fast run may take the parts in turns.
     """
 
     spec: UnitSpec
     reads: int | None = None
+    additive: bool = False
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: everything is computed, parts not kept are exact zeros. None: dense."""
@@ -148,16 +151,21 @@ class Subsample(nn.Module):
 
 
 class Residual(nn.Module):
-    """ReLU(shortcut + body): what a narrowed residual unit is made of. body None: the pure shortcut."""
+    """shortcut + body, then ReLU unless the block ends linearly: what a narrowed unit with a shortcut is made of.
 
-    def __init__(self, shortcut: nn.Module, body: nn.Module | None) -> None:
+    body None: the pure shortcut.
+    """
+
+    def __init__(self, shortcut: nn.Module, body: nn.Module | None, relu: bool = True) -> None:
         super().__init__()
-        self.shortcut, self.body = shortcut, body
+        self.shortcut, self.body, self.relu = shortcut, body, relu
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """The unit's output for images of one pattern."""
-        out = self.shortcut(x_BCHW)
-        return F.relu(out if self.body is None else out + self.body(x_BCHW))
+        out: Tensor = self.shortcut(x_BCHW)
+        if self.body is not None:
+            out = out + self.body(x_BCHW)
+        return F.relu(out) if self.relu else out
 
 
 def make_shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:

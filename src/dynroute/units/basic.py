@@ -172,6 +172,7 @@ class PathBasic(BasicUnit):
     """
 
     form: Form = "free"
+    additive = True
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]

@@ -101,6 +101,18 @@ class ConvUnit(Unit):
         pair_HG = tuple(tuple(float(one * read * size) for size in self.sizes) for read in self.sizes_in)
         return CostTerms(0, (0.0,) * len(self.sizes), pair_HG)
 
+    def piece(self, keep: tuple[bool, ...], part: int) -> nn.Conv2d:
+        """What one part of the unit read adds to the first kept outputs, before ReLU; the bias goes with part 0.
+
+        Only without a BatchNorm, whose statistics depend on how many parts there are.
+        """
+        assert self.norm is None, "with a BatchNorm by width a layer is not a sum over its inputs"
+        first = sum(self.sizes_in[:part])
+        conv = sliced_conv(self.conv, slice(0, sum(self.sizes[: sum(keep)])), slice(first, first + self.sizes_in[part]))
+        if part and conv.bias is not None:
+            conv.bias.data.zero_()
+        return conv
+
     @torch.no_grad()
     def load_dense(self, weights: Weights) -> None:
         """Import the convolution and, for all widths the same to start with, the BatchNorm; the order stays as it is."""

@@ -11,21 +11,9 @@ from torch import Tensor, nn
 
 from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
-from dynroute.units.base import Unit, Weights, WidthNorm, channel_mask, sliced_conv, sliced_norm, tensors
+from dynroute.units.base import Residual, Unit, Weights, WidthNorm, channel_mask, sliced_conv, sliced_norm, tensors
 from dynroute.units.paths import PathInverted
 from dynroute.units.ranking import best_first
-
-
-class Plus(nn.Module):
-    """x + body(x), with no ReLU: what a narrowed inverted residual is made of."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The unit's output for images of one pattern."""
-        return x_BCHW + self.body(x_BCHW)
 
 
 class GroupedInverted(Unit):
@@ -82,7 +70,7 @@ class GroupedInverted(Unit):
         kept = sum(keep)
         if kept == 0:
             assert self.residual, "without a shortcut something must run"
-            return nn.Identity()
+            return Residual(nn.Identity(), None, relu=False)
         hidden, every = slice(0, sum(self.sizes[:kept])), slice(None)
         body = nn.Sequential(
             sliced_conv(self.expand, hidden, every),
@@ -94,7 +82,7 @@ class GroupedInverted(Unit):
             sliced_conv(self.project, every, hidden),
             self.bn3.at(kept),
         )
-        return (Plus(body) if self.residual else body).eval()
+        return (Residual(nn.Identity(), body, relu=False) if self.residual else body).eval()
 
     def cost_terms(self) -> CostTerms:
         """All three convolutions shrink with the expanded channels."""

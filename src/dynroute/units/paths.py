@@ -22,13 +22,13 @@ from dynroute.units.base import (
     Residual,
     Unit,
     Weights,
-    channel_mask,
     folded_conv,
     make_shortcut,
     sliced_conv,
     sliced_norm,
     tensors,
 )
+from dynroute.units.fold import folded_sum
 from dynroute.units.ranking import best_first
 
 FITTED = {2: 0.6, 3: 0.467, 4: 0.375}  # of a bottleneck's hidden channels: give the parameters of the paper's table 1
@@ -52,6 +52,7 @@ class PathBottleneck(Unit):
 
     expansion = 4
     fold = True  # the last BatchNorms by `folded_sum` in training; the same numbers, fewer of them
+    additive = True
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class PathInverted(Unit):
     """
 
     fold = True  # as for bottlenecks
+    additive = True
 
     def __init__(
         self,
@@ -172,7 +174,7 @@ class PathInverted(Unit):
         """The open sub-blocks as one block, with each last BatchNorm folded and the biases summed."""
         opened = [g for g, on in enumerate(keep) if on]
         if not opened:
-            return self.shortcut
+            return Residual(self.shortcut, None, relu=False)
         rows, every = opened_channels(self.sizes, opened).to(self.expand.weight.device), slice(None)
         body = nn.Sequential(
             sliced_conv(self.expand, rows, every),
@@ -183,7 +185,7 @@ class PathInverted(Unit):
             nn.ReLU6(),
             summed_conv(self.project, self.bn3, opened),
         )
-        return LinearSum(self.shortcut, body).eval()
+        return Residual(self.shortcut, body, relu=False).eval()
 
     def cost_terms(self) -> CostTerms:
         """All convolutions shrink with the expanded channels; a projection always runs, but the plain net has none."""
@@ -219,72 +221,15 @@ class PathInverted(Unit):
                 nn.init.zeros_(cast(Tensor, value))
 
 
-class LinearSum(nn.Module):
-    """shortcut + body, with no ReLU: what a narrowed unit of sub-blocks with a linear end is made of."""
-
-    def __init__(self, shortcut: nn.Module, body: nn.Module) -> None:
-        super().__init__()
-        self.shortcut, self.body = shortcut, body
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The unit's output for images of one pattern."""
-        out_BCHW: Tensor = self.shortcut(x_BCHW) + self.body(x_BCHW)
-        return out_BCHW
-
-
 def gated_sum(
     out_BCHW: Tensor, parts: Sequence[Tensor], convs: nn.ModuleList, norms: nn.ModuleList, keep_BG: Tensor | None
 ) -> Tensor:
     """out + sum over sub-blocks of gate * BatchNorm(conv(part)), equation (4). keep_BG None: all gates open."""
     for g, (part, conv, norm) in enumerate(zip(parts, convs, norms, strict=True)):
         y = norm(conv(part))
-        out_BCHW = out_BCHW + (y if keep_BG is None else y * keep_BG[:, g, None, None, None].to(y.dtype))
+        gate = None if keep_BG is None else keep_BG[:, g, None, None, None].to(y.dtype)
+        out_BCHW = out_BCHW + y if gate is None else torch.addcmul(out_BCHW, y, gate)
     return out_BCHW
-
-
-def folded_sum(
-    out_BCHW: Tensor, u_BCHW: Tensor, convs: nn.ModuleList, norms: nn.ModuleList, keep_BG: Tensor | None
-) -> Tensor:
-    """`gated_sum` of 1x1 convolutions in training, by one convolution over all sub-blocks (ours; exact). u: their inputs.
-
-    The batch statistics of y = W u follow from those of u: mean W mu, variance diag(W Cov W^T). So each BatchNorm folds into
-    its W before the convolution, and the outputs of single sub-blocks are never made. Statistics are of all images, closed
-    gates included, and running statistics are updated, as by the plain form. Centred before it is squared, in fp32 at least.
-    """
-    sizes = [cast(nn.Conv2d, conv).in_channels for conv in convs]
-    weights, biases = [], []
-    with torch.autocast(u_BCHW.device.type, enabled=False):
-        for part, conv, norm in zip(u_BCHW.split(sizes, 1), convs, norms, strict=True):
-            weight, bias = _folded_by_covariance(part, cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm))
-            weights.append(weight)
-            biases.append(bias)
-    weight_OC, bias_GO = torch.cat(weights, 1), torch.stack(biases)
-    if keep_BG is None:
-        return out_BCHW + F.conv2d(u_BCHW, weight_OC[:, :, None, None], bias_GO.sum(0))
-    keep_BG = keep_BG[:, : len(sizes)]
-    y_BCHW = F.conv2d(u_BCHW * channel_mask(keep_BG, sizes).to(u_BCHW.dtype), weight_OC[:, :, None, None])
-    bias_BO = (keep_BG[:, :, None] * bias_GO).sum(1)
-    return out_BCHW + (y_BCHW + bias_BO[:, :, None, None].to(y_BCHW.dtype))
-
-
-def _folded_by_covariance(u_BCHW: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight (O, C) and bias (O,) of the 1x1 convolution that does conv, then norm with its batch statistics."""
-    weight_OC = conv.weight.flatten(1)
-    u_CN = u_BCHW.to(weight_OC.dtype).transpose(0, 1).flatten(1)
-    count = u_CN.shape[1]
-    mean_C = u_CN.mean(1)
-    centred_CN = u_CN - mean_C[:, None]
-    covariance_CC = centred_CN @ centred_CN.T / count
-    mean_O = weight_OC @ mean_C
-    variance_O = ((weight_OC @ covariance_CC) * weight_OC).sum(1).clamp(min=0)
-    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean_O, norm.momentum)
-        norm.running_var.lerp_(variance_O * count / max(count - 1, 1), norm.momentum)
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked += 1
-    scale_O = norm.weight * (variance_O + norm.eps).rsqrt()
-    return weight_OC * scale_O[:, None], norm.bias - mean_O * scale_O
 
 
 def opened_channels(sizes: Sequence[int], opened: Sequence[int]) -> Tensor:

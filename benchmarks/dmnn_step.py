@@ -1,0 +1,180 @@
+"""What training DMNN costs: forward and backward of sub-blocks against the plain block or net of as many parameters.
+
+    python benchmarks/dmnn_step.py [--rounds 15] [--only basic|bottleneck|inverted|net] [--batch 128]
+
+A block: the sub-blocks with random gates against the plain block (basic blocks: with all hidden channels together). A net:
+a whole training step (forward, backward, SGD) with the controllers against the static net's. Both sides of a row run in
+turn in one process on one thread, so that drift hits both; figures are ratios of medians of thread CPU time. bar: what the
+ratio is wanted to stay below. Writes benchmarks/results/dmnn_step.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dynroute.assembly import build
+from dynroute.backbones import BackboneOptions
+from dynroute.config import load_config
+from dynroute.contracts import Batch
+from dynroute.data import Dataset, Split, known_spec
+from dynroute.fit import _Part, set_modes
+from dynroute.records import write_rows
+from dynroute.runs import commit, machine
+from dynroute.units import (
+    GroupedBasic,
+    GroupedBottleneck,
+    GroupedInverted,
+    PathBasic,
+    PathBottleneck,
+    PathInverted,
+    Unit,
+)
+
+RESULTS = Path(__file__).parent / "results" / "dmnn_step.csv"
+BARS = {"basic": 1.6, "bottleneck": 1.0, "inverted": 1.0}
+
+
+class Case(NamedTuple):
+    """A row: the kind of block (or the net that is made of them), N, channels outside, pixels, images of a minibatch."""
+
+    kind: str
+    what: str
+    parts: int
+    channels: int
+    pixels: int
+    batch: int
+
+
+def cases(batch: int) -> Iterator[Case]:
+    """Blocks of CIFAR nets (width 16 and 32; ResNet-50 of 0.33 G), of ImageNet's ResNet-50 and MobileNetV2, and whole nets."""
+    for parts in (2, 4):
+        for channels, pixels in ((16, 32), (32, 32), (32, 16), (64, 16), (64, 8), (128, 8)):
+            yield Case("basic", "block", parts, channels, pixels, batch)
+    for channels, pixels in ((256, 16), (512, 8), (1024, 4), (2048, 2)):
+        yield Case("bottleneck", "block", 4, channels, pixels, batch)
+    for channels, pixels in ((256, 56), (1024, 14)):
+        yield Case("bottleneck", "block", 4, channels, pixels, batch // (16 if pixels > 20 else 4))
+    yield Case("inverted", "block", 2, 32, 28, batch // 8)
+    yield Case("basic", "resnet20", 2, 32, 32, batch)
+    yield Case("bottleneck", "resnet50_cifar", 4, 256, 32, batch // 2)
+
+
+def blocks(case: Case) -> tuple[Unit, Unit]:
+    """(sub-blocks, the plain block)."""
+    options = BackboneOptions(unit="paths", parts=case.parts, path_least=16)
+    shape: tuple[Any, ...] = ("unit", case.channels, case.channels, 1)
+    if case.kind == "basic":
+        sizes = options.sizes(case.channels)
+        return PathBasic(*shape, sizes, in_size=case.pixels), GroupedBasic(*shape, [sum(sizes)], in_size=case.pixels)
+    if case.kind == "bottleneck":
+        hidden = case.channels // 4
+        sizes = options.sizes(hidden, middle=True)
+        return PathBottleneck(*shape, sizes, in_size=case.pixels), GroupedBottleneck(
+            *shape, [hidden], in_size=case.pixels
+        )
+    sizes = options.sizes(6 * case.channels)
+    return PathInverted(*shape, sizes, in_size=case.pixels), GroupedInverted(*shape, [sum(sizes)], in_size=case.pixels)
+
+
+def block_steps(case: Case) -> list[Callable[[], None]]:
+    """Forward and backward of both, as in training: channels_last, in fp32, gradients to input and gates too."""
+    torch.manual_seed(0)
+    shape = (case.batch, case.channels, case.pixels, case.pixels)
+    x_BCHW = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grad_BCHW = torch.randn_like(x_BCHW)
+    keep_BG = (torch.rand(case.batch, case.parts) < 0.7).float().requires_grad_()
+
+    def step_of(unit: Unit, keep: torch.Tensor | None) -> Callable[[], None]:
+        unit = unit.to(memory_format=torch.channels_last).train()
+
+        def step() -> None:
+            unit.zero_grad()
+            unit(x_BCHW, keep).backward(grad_BCHW)
+
+        return step
+
+    paths, plain = blocks(case)
+    return [step_of(paths, keep_BG), step_of(plain, None)]
+
+
+def net_steps(case: Case) -> list[Callable[[], None]]:
+    """One training step of the routed net, controllers and losses included, and of the static net."""
+    words = ["data.name=cifar100", f"backbone.name={case.what}", "optim.amp=none", f"optim.batch_size={case.batch}"]
+    words += [f"backbone.width={case.channels}"] if case.kind == "basic" else []
+    methods = (["router.name=dmnn", f"backbone.parts={case.parts}"], ["router.name=static"])
+    return [net_step(case, [*words, *method]) for method in methods]
+
+
+def net_step(case: Case, words: list[str]) -> Callable[[], None]:
+    """One training step of a configuration on random images."""
+    config = load_config(overrides=words)
+    spec = known_spec(config.data)
+    assert spec is not None
+    torch.manual_seed(0)
+    net = build(config, spec)
+    images = torch.randn(case.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    rows = torch.arange(case.batch)
+    batch = Batch(images, rows % spec.classes, rows % spec.superclasses, rows)
+    (phase,) = config.method.phases(net, config.router)
+    empty = Split(torch.zeros(0, 1, 1, 3, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    part = _Part(net, Dataset(spec, empty, empty, empty), phase, config.optim, 0, 0, None)
+    set_modes(net, phase)
+    return lambda: void(part._step(batch, 0.5))
+
+
+def void(_: object) -> None:
+    """Forget what a step returns."""
+
+
+def times(steps: list[Callable[[], None]], rounds: int) -> list[float]:
+    """Median milliseconds of thread CPU time of each step, taken in turn."""
+    taken: list[list[float]] = [[] for _ in steps]
+    for turn in range(rounds + 2):
+        for mine, step in zip(taken, steps, strict=True):
+            start = time.thread_time()
+            step()
+            if turn >= 2:
+                mine.append(time.thread_time() - start)
+    return [1e3 * statistics.median(mine) for mine in taken]
+
+
+def main() -> None:
+    """Measure, print, write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--only", choices=[*BARS, "net"])
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for case in cases(asked.batch):
+        if asked.only not in (None, case.kind if case.what == "block" else "net"):
+            continue
+        made = block_steps(case) if case.what == "block" else net_steps(case)
+        paths, plain = times(made, asked.rounds)
+        row = {
+            **case._asdict(),
+            "over_plain": paths / plain,
+            "bar": BARS[case.kind],
+            "paths_ms": paths,
+            "plain_ms": plain,
+            "commit": commit(),
+            "machine": machine(torch.device("cpu")),
+            "torch": torch.__version__,
+        }
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        rows.append(row)
+    if asked.only is None:
+        RESULTS.parent.mkdir(exist_ok=True)
+        write_rows(RESULTS, rows)
+
+
+if __name__ == "__main__":
+    main()

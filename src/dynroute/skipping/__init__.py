@@ -1,0 +1,6 @@
+"""The fast run: the same result as the masked net, from convolutions that are really smaller or absent."""
+
+from dynroute.skipping.executor import MEMORY, FastNet
+from dynroute.skipping.kernels import packed_works
+
+__all__ = ["MEMORY", "FastNet", "packed_works"]

@@ -1,0 +1,152 @@
+"""Narrow modules by pattern, kept within a bound of memory: slicing and packing weights at every call costs more than the net.
+
+A pattern is what an image keeps of a unit, and of the unit which that one reads. G parts, H parts of the unit read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+from typing import NamedTuple
+
+from dynroute.skipping.lowering import Narrowed, Straight, Summed, lower, straight
+from dynroute.units import ConvUnit, Unit
+
+Program = Straight | Summed | Narrowed
+LOOK_AGAIN = 16  # a pattern that found no room is considered again after being asked for so often (ours)
+
+
+class Key(NamedTuple):
+    """unit: its index. own: its kept parts, G bools. above: those of the unit read, H bools, or None."""
+
+    unit: int
+    own: tuple[bool, ...]
+    above: tuple[bool, ...] | None
+
+
+class Programs:
+    """What the fast run executes for each pattern, at most `limit` bytes of weights.
+
+    Where patterns are sums (`in_pieces`) nothing is made twice: a pattern for which there is no room is run in pieces, all
+    of which have room set aside. It takes the place of kept ones that are asked for less often per byte. For other units the
+    pattern that was used longest ago goes. Ours.
+    """
+
+    def __init__(self, units: Sequence[Unit], limit: float, packed: bool) -> None:
+        self.units, self.limit, self.packed = units, limit, packed
+        self.kept: OrderedDict[Key, Program] = OrderedDict()
+        self.pieces: dict[Key, Program] = {}
+        self.asked: Counter[Key] = Counter()
+        self.sizes: dict[Key, int] = {}
+        aside = sum(_weights(unit) * copies(unit) for unit in units if in_pieces(unit))
+        self.in_pieces = [in_pieces(unit) and aside <= limit for unit in units]
+        self.set_aside = aside if any(self.in_pieces) else 0.0
+        self.used = 0
+        self.lock = Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all that is kept."""
+        return sum(size(p) for p in (*self.kept.values(), *self.pieces.values()))
+
+    def of(self, key: Key) -> list[Program]:
+        """The program of a pattern, or the programs whose sum it is."""
+        found = self.kept.get(key)
+        if found is not None:
+            self.asked[key] += 1
+            self.kept.move_to_end(key)
+            return [found]
+        with self.lock:
+            return self._made(key)
+
+    def _made(self, key: Key) -> list[Program]:
+        self.asked[key] += 1
+        if not self.in_pieces[key.unit]:
+            return [self._keep(key, self._lowered(key), least=False)]
+        program = None
+        if self.asked[key] % LOOK_AGAIN == 1:
+            if key not in self.sizes:
+                program = self._lowered(key)
+                self.sizes[key] = size(program)
+            if self._room(key):
+                return [self._keep(key, program or self._lowered(key), least=True)]
+        return [self._piece(part) for part in self._parted(key)]
+
+    def _parted(self, key: Key) -> list[Key]:
+        """The pattern in pieces, a part of the unit read each, or at most two neighbouring parts of its own."""
+        if key.above is not None:
+            kept = range(sum(key.above))
+            return [key._replace(above=tuple(h == part for h in range(len(key.above)))) for part in kept]
+        pairs = range(0, len(key.own), 2)
+        pieces = [key._replace(own=tuple(on and g // 2 == p // 2 for g, on in enumerate(key.own))) for p in pairs]
+        return [piece for piece in pieces if any(piece.own)] or [key]
+
+    def _piece(self, key: Key) -> Program:
+        if key not in self.pieces:
+            unit = self.units[key.unit]
+            if isinstance(unit, ConvUnit) and key.above is not None:
+                part = key.above.index(True)
+                first = sum(unit.sizes_in[:part])
+                body = straight(unit.piece(key.own, part), self.packed)
+                self.pieces[key] = Narrowed(body, slice(first, first + unit.sizes_in[part]), 0, True)
+            else:
+                self.pieces[key] = self._lowered(key)
+        return self.pieces[key]
+
+    def _keep(self, key: Key, program: Program, least: bool) -> Program:
+        """Store it. least: room has been made already."""
+        need = size(program)
+        while not least and self.kept and self.used + need > self.limit - self.set_aside:
+            self._drop(next(iter(self.kept)))
+        self.kept[key], self.sizes[key] = program, need
+        self.used += need
+        return program
+
+    def _room(self, key: Key) -> bool:
+        """Whether there is room, made at the cost of patterns that are asked for less per byte."""
+        need = self.sizes[key]
+        free = self.limit - self.set_aside - self.used
+        victims: list[Key] = []
+        for other in sorted(self.kept, key=self._worth):
+            if free >= need or self._worth(other) >= self._worth(key):
+                break
+            victims.append(other)
+            free += self.sizes[other]
+        if free < need:
+            return False
+        for other in victims:
+            self._drop(other)
+        return True
+
+    def _worth(self, key: Key) -> float:
+        return self.asked[key] / max(self.sizes[key], 1)
+
+    def _drop(self, key: Key) -> None:
+        del self.kept[key]
+        self.used -= self.sizes[key]
+
+    def _lowered(self, key: Key) -> Program:
+        return lower(self.units[key.unit].narrow(key.own, key.above), self.packed)
+
+
+def in_pieces(unit: Unit) -> bool:
+    """Whether patterns of the unit may be run as sums of smaller ones: with two parts there is nothing to be won."""
+    if isinstance(unit, ConvUnit):
+        return unit.reads is not None and unit.norm is None and len(unit.sizes_in) > 2
+    return unit.additive and unit.spec.parts > 2
+
+
+def copies(unit: Unit) -> float:
+    """Memory of all pieces of a unit, in its weights: by pairs of parts, or of a chain for each number of kept outputs."""
+    return (unit.spec.parts + 1) / 2 if isinstance(unit, ConvUnit) else 2.0
+
+
+def size(program: Program) -> int:
+    """Bytes of weights of one program; a shortcut belongs to all patterns and is not counted."""
+    body = program if isinstance(program, Straight) else program.body
+    return 0 if body is None else body.bytes
+
+
+def _weights(unit: Unit) -> int:
+    return 4 * sum(p.numel() for p in unit.parameters())

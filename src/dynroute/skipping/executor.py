@@ -1,0 +1,202 @@
+"""FastNet: the same weights and routes as the masked net, with convolutions that are really smaller or absent.
+
+Each pattern of a unit has its narrow program, BatchNorm folded, activation and sum fused, made once and kept (`cache`). A
+minibatch goes through a unit pattern by pattern (`unit`, `chain`); several threads take images apart from one another.
+B images, U units, G parts.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from dynroute.contracts import Output
+from dynroute.net import RoutedNet, stack
+from dynroute.routers import Journey
+from dynroute.skipping.cache import Key, Programs
+from dynroute.skipping.chain import FastLayer, Slab, entire, pooled
+from dynroute.skipping.lowering import straight
+from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, gathered
+from dynroute.units import ConvUnit
+
+MEMORY = 3.0  # times the weights of the net
+
+
+class FastNet:
+    """Inference with a trained RoutedNet; the same logits to rounding.
+
+    memory: bound of all narrow programs together, in weights of the net. threads: minibatches are shared out over so many,
+    each of which computes alone; one image is not. packed: whether private oneDNN calls may be used where they work.
+    A snapshot: weights are taken when a pattern is first met, so make a new FastNet after changing them.
+    """
+
+    def __init__(self, net: RoutedNet, memory: float = MEMORY, threads: int = 1, packed: bool = True) -> None:
+        self.net, self.threads = net.eval(), threads
+        units = net.backbone.routable
+        weights = 4 * sum(p.numel() for p in net.backbone.parameters())
+        self.programs = Programs(units, memory * weights, packed)
+        self.stem, self.head = straight(net.backbone.stem, packed), straight(net.backbone.head, packed)
+        self.chain = all(isinstance(unit, ConvUnit) for unit in units)
+        halves = [2.0 * sum(p.numel() for p in unit.parameters()) for unit in units]
+        self.units = [FastUnit(self.programs, weights) for weights in halves]
+        pools = [unit.pool if isinstance(unit, ConvUnit) else None for unit in units]
+        self.layers = [FastLayer(self.programs, *pair) for pair in zip(halves, pools, strict=True)]
+        self.pool: ThreadPoolExecutor | None = None
+        self.forms: dict[int, list[str]] = {}  # by size of the minibatch: of each unit, as measured by `warm_up`
+
+    @torch.inference_mode()
+    def __call__(self, x_BCHW: Tensor, keep_BUG: Tensor | None = None) -> Output:
+        """Logits, decisions and cost of each image; keep_BUG: these routes instead of the router's."""
+        share = -(-len(x_BCHW) // self.threads)
+        if share == len(x_BCHW):
+            return self._run(x_BCHW, keep_BUG)
+        keeps: Sequence[Tensor | None] = [None] * self.threads if keep_BUG is None else keep_BUG.split(share)
+        parts = list(self._workers().map(self._apart, x_BCHW.split(share), keeps))
+        traces = [part.trace for part in parts]
+        trace = traces[0]._replace(keep_BUG=torch.cat([t.keep_BUG for t in traces]))
+        return Output(torch.cat([p.logits_BK for p in parts]), trace, torch.cat([p.macs_B for p in parts]))
+
+    def _run(self, x_BCHW: Tensor, keep_BUG: Tensor | None) -> Output:
+        """One minibatch on this thread."""
+        net = self.net
+        routes = Routes(net, x_BCHW, keep_BUG)
+        x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
+        x_BCHW = (self._chain if self.chain else self._blocks)(x_BCHW, routes)
+        trace = stack(routes.keeps, [{} for _ in routes.keeps])
+        return Output(self.head(x_BCHW), trace, net.cost(trace.keep_BUG))
+
+    def _blocks(self, x_BCHW: Tensor, routes: Routes) -> Tensor:
+        """The units, images in whatever order they are in; the feature maps in the first order."""
+        mine, positive = self.stem.fresh, False
+        forms = self.forms.get(len(x_BCHW), [])
+        for u in range(len(self.units)):
+            keys = routes.decide(u, x_BCHW)
+            out_BCHW = self._unit(u, x_BCHW, keys, routes, forms[u] if forms else None, mine, positive)
+            mine, positive = mine or out_BCHW is not x_BCHW, self.units[u].rectified
+            x_BCHW = out_BCHW
+        return x_BCHW if routes.order is None else gathered(x_BCHW, routes.back())
+
+    def _unit(
+        self, u: int, x_BCHW: Tensor, keys: list[Key], routes: Routes, form: str | None, mine: bool, positive: bool
+    ) -> Tensor:
+        """One unit in one of its forms; None: as it seems to pay."""
+        if form == MASKED:
+            unit = self.net.backbone.routable[u]
+            sides = (
+                [[key.own for key in keys]] if unit.reads is None else [[k.own for k in keys], [k.above for k in keys]]
+            )
+            out_BCHW: Tensor = unit(x_BCHW, *(torch.tensor(s, dtype=x_BCHW.dtype, device=x_BCHW.device) for s in sides))
+            return out_BCHW
+        index = self.units[u].order(keys, x_BCHW, form)
+        if index is not None:
+            x_BCHW, mine = gathered(x_BCHW, index), True
+            routes.reorder(index)
+            keys = [keys[i] for i in index]
+        return self.units[u](x_BCHW, keys, mine, positive)
+
+    @torch.inference_mode()
+    def warm_up(self, x_BCHW: Tensor, keep_BUG: Tensor | None = None, repeats: int = 3) -> list[str]:
+        """Measure every unit's forms on a minibatch of such a size, and keep the fastest for minibatches of that size.
+
+        Returns the names of units that run masked from now on: too small for anything to be saved. A chain has no forms.
+        """
+        if self.chain:
+            self(x_BCHW, keep_BUG)
+            return []
+        share = -(-len(x_BCHW) // self.threads)
+        x_BCHW, keep_BUG = x_BCHW[:share], None if keep_BUG is None else keep_BUG[:share]
+        routes, forms = Routes(self.net, x_BCHW, keep_BUG), []
+        x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
+        for u in range(len(self.units)):
+            keys = routes.decide(u, x_BCHW)
+            times = {form: self._timed(u, x_BCHW, keys, routes, form, repeats) for form in (VIEWS, SORTED, MASKED)}
+            forms.append(min(times, key=lambda form: times[form]))
+            x_BCHW = self._unit(u, x_BCHW.clone(), keys, routes, VIEWS, True, False)
+        self.forms[share] = forms
+        return [unit.spec.name for unit, form in zip(self.net.backbone.routable, forms, strict=True) if form == MASKED]
+
+    def _timed(self, u: int, x_BCHW: Tensor, keys: list[Key], routes: Routes, form: str, repeats: int) -> float:
+        """Seconds of this thread that a form takes, at best."""
+        times = []
+        for _ in range(repeats + 1):  # the first makes the programs
+            x, apart = x_BCHW.clone(), copy.copy(routes)
+            before = time.thread_time()
+            self._unit(u, x, keys, apart, form, True, False)
+            times.append(time.thread_time() - before)
+        return min(times[1:])
+
+    def _chain(self, x_BCHW: Tensor, routes: Routes) -> Tensor:
+        """The layers of a chain, feature maps without the channels that are not kept."""
+        images, slabs = len(x_BCHW), [Slab(list(range(len(x_BCHW))), x_BCHW)]
+        see = pooled if self.net.router.pooled else entire
+        for u, layer in enumerate(self.layers):
+            channels = self.net.backbone.specs[u].in_channels
+            keys = routes.decide(
+                u, x_BCHW if u == 0 else see(slabs, images, channels) if routes.asks else slabs[0].x_NCHW
+            )
+            slabs = layer(slabs, keys)
+        last = self.net.backbone.routable[-1]
+        assert isinstance(last, ConvUnit)
+        return entire(slabs, images, sum(last.sizes))
+
+    def _workers(self) -> ThreadPoolExecutor:
+        """Threads that compute with one core each; this thread keeps the number it has."""
+        if self.pool is None:
+            mine = torch.get_num_threads()
+            self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+            list(self.pool.map(lambda _: None, range(self.threads)))
+            torch.set_num_threads(mine)
+        return self.pool
+
+    @torch.inference_mode()
+    def _apart(self, x_BCHW: Tensor, keep_BUG: Tensor | None) -> Output:
+        return self._run(x_BCHW, keep_BUG)
+
+
+class Routes:
+    """Decisions of a minibatch whose images may change their order on the way: given, or asked of the router.
+
+    order: the image that stands at each place; None: as they came. keeps: keep_BG of each unit so far, as they came.
+    """
+
+    def __init__(self, net: RoutedNet, x_BCHW: Tensor, keep_BUG: Tensor | None) -> None:
+        self.net, self.given = net, None if keep_BUG is None else keep_BUG.to(x_BCHW.device)
+        self.asks = keep_BUG is None
+        self.journey: Journey | None = net.router.start(x_BCHW) if self.asks else None
+        self.order: Tensor | None = None
+        self.keeps: list[Tensor] = []
+        self.rows: list[list[tuple[bool, ...]]] = []  # of each unit, as they came
+
+    def decide(self, u: int, x_BCHW: Tensor) -> list[Key]:
+        """The pattern of each image at its present place."""
+        unit = self.net.backbone.routable[u]
+        if self.given is not None:
+            keep_BG = self.given[:, u, : unit.spec.parts]
+        else:
+            assert self.journey is not None
+            decision, self.journey = self.net.router.choose(u, x_BCHW, self.journey)
+            keep_BG = decision.keep_BG if self.order is None else decision.keep_BG[self.order.argsort()]
+        own = list(map(tuple, keep_BG.bool().tolist()))
+        self.keeps.append(keep_BG)
+        self.rows.append(own)
+        above = [None] * len(own) if unit.reads is None else self.rows[unit.reads]
+        keys = [Key(u, *pair) for pair in zip(own, above, strict=True)]
+        return keys if self.order is None else [keys[i] for i in self.order.tolist()]
+
+    def reorder(self, index: Sequence[int]) -> None:
+        """The images now stand in another order; what the router remembers of them follows."""
+        picked = torch.tensor(index, device=self.keeps[-1].device)
+        if self.journey is not None:
+            self.journey = self.journey.reordered(picked)
+        self.order = picked if self.order is None else self.order[picked]
+
+    def back(self) -> list[int]:
+        """The places at which the images stand, as they came."""
+        assert self.order is not None
+        places: list[int] = self.order.argsort().tolist()
+        return places

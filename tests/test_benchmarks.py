@@ -1,0 +1,133 @@
+"""benchmarks/skipping.py: every line of its table can be made and is computed as it says; the table reaches the document."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from dynroute.config import load_config
+from dynroute.data import known_spec
+from dynroute.records import BenchRow, read_rows
+from dynroute.runs import untrained
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["data.image_size=32", "backbone.width=8", "threads=1"]
+
+
+def loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def skipping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script on small nets and few images, its results elsewhere."""
+    module = loaded(ROOT / "benchmarks" / "skipping.py")
+    monkeypatch.setattr(module, "untrained", lambda path, words=(): untrained(path, [*words, *SMALL]))
+    monkeypatch.setattr(module, "POOL", 8)
+    monkeypatch.setattr("dynroute.timing.POOL", 8)
+    monkeypatch.setattr(module, "HOME", tmp_path)
+    (tmp_path / "results").mkdir()
+    return module
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, dict[str, str]]:
+    monkeypatch.setattr("sys.argv", ["skipping.py", *words])
+    module.main()
+    return {row["case"]: row for row in read_rows(module.HOME / "results" / "skipping.csv")}
+
+
+@pytest.mark.parametrize("name", ["dmnn50_b1", "vgg16_32_b1", "multipath50", "dense", "cache"])
+def test_a_line_is_measured(name: str, skipping: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run(skipping, monkeypatch, name, "--seconds", "0")
+    assert float(rows[name]["reached"]) > 0 and float(rows[name]["bar"]) == skipping.BARS[name].bar
+    if name != "cache":
+        assert float(rows[name]["flops_ratio"]) > 0.5 and rows[name]["clock"] == "thread"
+    assert torch.get_num_threads() == 1
+
+
+def test_lines_are_computed_as_they_say(skipping: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"dense": 10.0, "dense_best": 17.0, "onnxruntime": 20.0, "skipping": 50.0}
+    who: dict[str, Any] = {"run": "", "method": "", "backbone": "", "dataset": ""}
+    rows = [
+        BenchRow(**who, mode=mode, images_per_s=n, speedup=n / 17, macs_share=0.25, ideal_share=0.8)
+        for mode, n in speeds.items()
+    ]
+    asked: list[Any] = []
+
+    def made(config: Any, net: Any, spec: Any, request: Any) -> Any:
+        asked.append((config.name, request.batches, request.rate, request.onnx))
+        return type("Timed", (), {"rows": rows})
+
+    monkeypatch.setattr(skipping, "bench_untrained", made)
+    run(skipping, monkeypatch, "dmnn50_b1", "onnxruntime", "dense", "vgg16_32_b32")
+    again = run(skipping, monkeypatch, "dmnn50_b1")
+    assert {name: row["reached"] for name, row in again.items()} == {
+        "dmnn50_b1": "0.8",
+        "onnxruntime": "2.5",
+        "vgg16_32_b32": "0.8",
+        "dense": "1.7",
+    }
+    assert again["onnxruntime"]["flops_ratio"] == "4"
+    assert asked == [
+        ("dmnn50_n4_t0.7", [1], 0.5, False),
+        ("dmnn50_n4_t0.7", [1], 0.5, True),
+        ("vgg16_32", [32], None, False),
+    ], "the lines of one run share it"
+
+
+def test_two_cores_are_compared_with_one(skipping: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+
+    def rounds(cases: Any, clock: Any, seconds: float) -> Any:
+        taken = {"1": 2.0, "2": 1.25}
+        for name in cases:
+            cases[name].prepare(0)()
+            used.append(torch.get_num_threads())
+        return {name: type("T", (), {"at": lambda self, q, s=s: s, "seconds_R": [s]})() for name, s in taken.items()}
+
+    monkeypatch.setattr(skipping, "interleaved", rounds)
+    assert run(skipping, monkeypatch, "two_cores")["two_cores"]["reached"] == "1.6"
+    assert used == [1, 2] and torch.get_num_threads() == 1
+
+
+def test_every_line_has_its_configuration_and_an_unknown_name_is_said(
+    skipping: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (skipping.DMNN, skipping.VGG, skipping.MULTIPATH, skipping.SMALL_VGG, skipping.SMALL_DMNN):
+        assert known_spec(load_config(path).data) is not None, "needs no data"
+    monkeypatch.setattr("sys.argv", ["skipping.py", "fast"])
+    with pytest.raises(SystemExit, match="2"):
+        skipping.main()
+    assert "no case 'fast' (choices: dmnn50_b1" in capsys.readouterr().err
+
+
+def test_sub_blocks_of_the_wide_net_have_sixteen_channels(skipping: ModuleType) -> None:
+    _, net, _ = untrained(skipping.SMALL_DMNN)
+    assert {size for unit in net.backbone.routable for size in unit.sizes} == {16, 32, 64}  # type: ignore[attr-defined]
+
+
+def test_a_csv_becomes_a_table_that_is_longer_than_wide(tmp_path: Path) -> None:
+    table = loaded(ROOT / "experiments" / "readme_table.py")
+    (tmp_path / "long.csv").write_text("a_b,c\n1,2\n3,4\n")
+    (tmp_path / "wide.csv").write_text("a,b_c\n1,2\n")
+    (tmp_path / "doc.md").write_text("x\n<!-- m: begin -->\nold\n<!-- m: end -->\ny\n")
+    assert table.from_csv(tmp_path / "wide.csv") == "| a | 1 |\n|---|---|\n| b c | 2 |"
+    table.main(tmp_path / "doc.md", tmp_path / "long.csv", "m")
+    wanted = "x\n<!-- m: begin -->\n| a b | c |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n<!-- m: end -->\ny\n"
+    assert (tmp_path / "doc.md").read_text() == wanted
+
+
+def test_the_document_has_a_place_for_the_table() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert text.count("<!-- skipping: begin -->") == text.count("<!-- skipping: end -->") == 1
