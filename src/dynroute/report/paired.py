@@ -89,12 +89,8 @@ def answers(file: Path) -> dict[float | None, Answers]:
     if text.count(",") != text.count("\n") * (len(head) - 1):  # no cell of ours is quoted
         raise InputError(f"{file} is not a routes.csv: it has lines that do not fit its header")
     try:
-        frame = pd.read_csv(
-            io.StringIO(text),
-            usecols=lambda name: name in {*COLUMNS, LIMIT},
-            keep_default_na=False,
-            dtype=COLUMNS | {LIMIT: str},
-        )
+        kinds = {name: kind for name, kind in {**COLUMNS, LIMIT: "str"}.items() if name in head}
+        frame = pd.read_csv(io.StringIO(text), usecols=list(kinds), keep_default_na=False, dtype=kinds)
         mine = frame[(frame["split"] == "test") & (frame["checkpoint"] == "last")]
         if LIMIT in mine:
             mine = mine[mine[LIMIT] == ""]
