@@ -60,17 +60,13 @@ format: .venv/ready
 	$(BIN)/ruff format src tests experiments benchmarks
 	$(BIN)/ruff check --fix src tests experiments benchmarks
 
-# $(call rows,folder,names,targets): train, evaluate and keep the CSV of each. A run resumes where it was stopped; a finished
-# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled; the slimmable net
-# at its widths.
+# $(call rows,folder,names,targets,words): train with these words, evaluate and keep the CSV of each. A run resumes where it was
+# stopped; a finished one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled;
+# the slimmable net at its widths.
 define rows
 @for name in $(2); do \
-  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml $(if $(filter shapes,$(1)),,data.path=$(DATA)) --out runs/$(1)/$$name --resume && \
-# $(call rows,folder,names,targets,words): train with these words, evaluate and keep the CSV of each. A run resumes where it was stopped; a finished
-# one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled.
-define rows
-@for name in $(2); do \
-  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml data.path=$(DATA) $(4) --out runs/$(1)/$$name --resume && \
+  $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml $(if $(filter shapes,$(1)),,data.path=$(DATA)) $(4) \
+    --out runs/$(1)/$$name --resume && \
   case $$name in \
     rn*|dmnn*|aig*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dynroute.backbones import Backbone
 from dynroute.bench.others import Run, Unavailable, compiled, onnxruntime
 from dynroute.bench.rounds import LEAST, Case, Times, at, choose_clock, interleaved
+from dynroute.bench.routes import Opened
 from dynroute.contracts import InputError, Output, Setting
 from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
@@ -147,9 +148,9 @@ class _Cases:
                 except Unavailable as reason:
                     self.remarks.append(str(reason))
         if "all_on" in modes:
-            whole = executor(self.net)
-            keep_BUG = self.net.dense_routes(self.plan.batch).to(x)
-            yield "all_on", Case(lambda turn: _call(whole, self.picked(turn), keep_BUG), self.macs_given)
+            dense_UG = self.net.dense_routes(1)[0].to(self.net.cost.part_UG.device).float()
+            whole = executor(RoutedNet(self.net.backbone, Opened(self.net.router, dense_UG)))
+            yield "all_on", Case(lambda turn: _call(whole, self.picked(turn)), _macs)
         for place, point in enumerate(points):
             for mode, run, read in self.routed(point):
                 if mode in modes:
@@ -208,10 +209,6 @@ class _Cases:
             return _call(run, self.picked(turn))
 
         return Case(prepare, read)
-
-    def macs_given(self, out: Output) -> float:
-        """Mean multiply-adds of a run under given routes, in which the router has no part."""
-        return _macs(out) - self.net.cost.router
 
     def picked(self, turn: int) -> Tensor:
         """The images of a round: the next of the pool, from its start again where it ends."""
