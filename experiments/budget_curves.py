@@ -16,7 +16,7 @@ from typing import Any
 
 from dynroute.contracts import InputError
 from dynroute.records import read_eval, write_rows
-from dynroute.report.plots import COLOURS, MARKERS, STYLE, save
+from dynroute.report.pictures.style import COLOURS, MARKERS, SHARE_AXIS, STYLE, save
 
 METHODS = {"dmnn": "DMNN", "rnp": "RNP"}
 TARGETS = (0.4, 0.6, 0.8)
@@ -66,9 +66,9 @@ def draw(made: list[Point], out: Path) -> list[Path]:
         figure = Figure(figsize=(4.6 * len(METHODS), 3.8), layout="constrained")
         axes = figure.subplots(1, len(METHODS), sharey=True, squeeze=False)[0]
         for ax, (method, title) in zip(axes, METHODS.items(), strict=True):
-            ax.set_title(title, loc="left", fontweight="bold")
-            ax.set_xlabel("share of the dense net's FLOPs (multiply-adds), %")
-            ax.grid(color="0.9", linewidth=0.6)
+            ax.set_title(title)
+            ax.set_xlabel(SHARE_AXIS)
+            ax.grid()
             static = [p for p in made if p["series"] == "static"]
             ax.plot(*_xy(static), color="black", marker="s", linestyle="--", label="a static net of each width")
             for place, (series, label) in enumerate(SERIES.items()):
@@ -77,9 +77,7 @@ def draw(made: list[Point], out: Path) -> list[Path]:
                 ax.plot(*_xy(own), color=COLOURS[place], marker=MARKERS[place], linestyle=line, label=label)
             ax.legend(frameon=False, fontsize=8, loc="lower right")
         axes[0].set_ylabel("top-1, %")
-        save(figure, out / "budget.png", {"Software": None})
-        save(figure, out / "budget.svg", {"Date": None, "Creator": None})
-    return [out / "budget.png", out / "budget.svg"]
+        return [*save(figure, out, "budget")]
 
 
 def _xy(own: list[Point]) -> tuple[list[float], list[float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynroute.records import write_rows
-from dynroute.report.plots import COLOURS, STYLE, save
+from dynroute.report.pictures.style import SHARE_AXIS, STYLE, looks, panels, save
 
 NAME = "curve"
 COLUMNS = (
@@ -37,26 +37,21 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     write_rows(folder / f"{NAME}.csv", [{name: row[name] for name in COLUMNS} for row in ordered], COLUMNS)
     with matplotlib.rc_context(STYLE):
         figure = _draw(ordered)
-        save(figure, folder / f"{NAME}.png", {"Software": None})
-        save(figure, folder / f"{NAME}.svg", {"Date": None, "Creator": None})
-    return [folder / f"{NAME}{suffix}" for suffix in (".csv", ".png", ".svg")]
+        return [folder / f"{NAME}.csv", *save(figure, folder, NAME)]
 
 
 def _draw(rows: Sequence[Mapping[str, Any]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
-    ax = figure.subplots()
+    figure, (ax,) = panels([2.5], 4.6)
     mean = area(rows)
     title = f"{rows[0]['run']} ({rows[0]['split']}, n = {rows[0]['n']})"
-    ax.set_title(title + ("" if mean is None else f"\nmean top-1 over the range {100 * mean:.2f} %"), loc="left")
-    ax.set_xlabel("share of the dense net's FLOPs (multiply-adds), %")
+    ax.set_title(title + ("" if mean is None else f"\nmean top-1 over the range {100 * mean:.2f} %"))
+    ax.set_xlabel(SHARE_AXIS)
     ax.set_ylabel("top-1, %")
-    ax.grid(color="0.9", linewidth=0.6)
-    ax.set_axisbelow(True)
+    ax.grid()
     x, y = ([100 * row[name] for row in rows] for name in ("macs_share", "top1"))
-    ax.plot(x, y, color=COLOURS[0], marker="o", linewidth=1.4, markersize=6, markeredgecolor="white")
+    look = looks(["own"])["own"]
+    ax.plot(x, y, markeredgecolor="white", **look.options())
     dense = [row["macs_mean"] / row["macs_share"] / 100 for row in rows]
     cheap, dear = ([row[name] / d for row, d in zip(rows, dense, strict=True)] for name in ("macs_p5", "macs_p95"))
-    ax.hlines(y, cheap, dear, color=COLOURS[0], linewidth=0.7, alpha=0.55, zorder=1)
+    ax.hlines(y, cheap, dear, color=look.colour, linewidth=0.7, alpha=0.55, zorder=1)
     return figure
