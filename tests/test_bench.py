@@ -314,7 +314,9 @@ def test_bench_of_a_configuration_draws_routes_and_writes_nothing(config: Path, 
         rows = json.loads(said(capsys, "bench", config, *words, *FAST, "--json")[0])["rows"]
         assert [row["mode"] for row in rows] == ["dense", "dense_best", "all_on", "masked", "skipping"]
         assert {(row["rate"], row["routes"]) for row in rows[3:]} == {(rate, routes)}
-        assert rows[4]["macs_share"] == rows[3]["macs_share"] < rows[2]["macs_share"] == pytest.approx(1.0)
+        assert rows[4]["macs_share"] == rows[3]["macs_share"] < 1 < rows[2]["macs_share"] < 1.2, (
+            "all on pays for its router"
+        )
     assert tree(config.parent) == before
 
 

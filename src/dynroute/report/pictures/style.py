@@ -130,22 +130,27 @@ def headings(runs: Sequence[Routed], target: bool = True) -> list[str]:
 
 def finish(figure: Figure, data: pd.DataFrame, name: str, words: tuple[str, str], out: Path) -> Picture:
     """Write NAME.csv, .png and .svg. words: title and caption."""
+    table = out / f"{name}.csv"
+    write_text(table, data.to_csv(index=False, lineterminator="\n"))
+    _, drawn = save(figure, out, name)
+    text = drawn.read_text(encoding="utf-8")
+    return Picture(name, *words, _own_ids(text[text.index("<svg") :], name), table)
+
+
+def save(figure: Figure, out: Path, name: str) -> tuple[Path, Path]:
+    """Write NAME.png and NAME.svg."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    table = out / f"{name}.csv"
-    write_text(table, data.to_csv(index=False, lineterminator="\n"))
+    png, svg = out / f"{name}.png", out / f"{name}.svg"
     figure.set_dpi(DPI)
-    _replace(
-        table.with_suffix(".png"), lambda part: FigureCanvasAgg(figure).print_png(part, metadata={"Software": None})
-    )
+    _replace(png, lambda part: FigureCanvasAgg(figure).print_png(part, metadata={"Software": None}))
     figure.set_layout_engine("none")  # places are found once, not again for the second file
     with matplotlib.rc_context({"svg.hashsalt": "dynroute"}):  # otherwise the ids in the SVG are random
         undated = {"Date": None, "Creator": None}
-        _replace(table.with_suffix(".svg"), lambda part: FigureCanvasSVG(figure).print_svg(part, metadata=undated))
-    text = table.with_suffix(".svg").read_text(encoding="utf-8")
-    return Picture(name, *words, _own_ids(text[text.index("<svg") :], name), table)
+        _replace(svg, lambda part: FigureCanvasSVG(figure).print_svg(part, metadata=undated))
+    return png, svg
 
 
 def _own_ids(svg: str, name: str) -> str:
