@@ -73,7 +73,8 @@ def timed(config: Path, batch: int, rate: float | None = None, **asked: Any) -> 
 def figures(row: BenchRow, reached: float) -> Figures:
     """The figures of a line that rests on one skipping row."""
     flops = 1 / row.macs_share
-    return {"reached": reached, "speedup": row.speedup, "flops_ratio": flops, "clock": row.clock, "rounds": row.rounds}
+    taken = {"clock": row.clock, "rounds": row.rounds, "machine": row.machine}
+    return {"reached": reached, "speedup": row.speedup, "flops_ratio": flops, **taken}
 
 
 def ideal(rows: Callable[[float], dict[str, BenchRow]]) -> Callable[[float], Figures]:
@@ -109,10 +110,12 @@ def two_cores(seconds: float) -> Figures:
         for start in range(0, len(images), 8):
             fast(images[start : start + 8])
         cases[str(threads)] = Case(spread(fast, images, threads))
-    times = interleaved(cases, choose_clock("wall", 2, torch.device("cpu"))[1], seconds)
+    cpu = torch.device("cpu")
+    times = interleaved(cases, choose_clock("wall", 2, cpu)[1], seconds)
+    torch.set_num_threads(2)
+    taken = {"clock": "wall", "rounds": len(times["1"].seconds_R), "machine": machine(cpu)}
     torch.set_num_threads(kept)
-    one, two = times["1"], times["2"]
-    return {"reached": one.at(0.5) / two.at(0.5), "clock": "wall", "rounds": len(one.seconds_R)}
+    return {"reached": times["1"].at(0.5) / times["2"].at(0.5), **taken}
 
 
 def spread(
@@ -136,8 +139,7 @@ def cache_memory(seconds: float) -> Figures:
     for image in images.split(1):
         fast(image)
     weights = sum(p.nbytes for p in net.backbone.parameters())
-    cached = sum(tensor.nbytes for module in fast.modules.values() for tensor in module.state_dict().values())
-    return {"reached": cached / weights, "rounds": len(images)}
+    return {"reached": fast.programs.bytes / weights, "rounds": len(images), "machine": machine(torch.device("cpu"))}
 
 
 def routed_net() -> tuple[RoutedNet, torch.Tensor]:
@@ -196,6 +198,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each mode of a case")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     asked = parser.parse_args()
+    source = commit()  # of the code that is loaded now, whatever becomes of the files
     bars = CUDA if asked.device == "cuda" else BARS
     file = HOME / "results" / ("skipping_cuda.csv" if asked.device == "cuda" else "skipping.csv")
     for name in asked.names or bars:
@@ -204,7 +207,7 @@ def main() -> None:
         bar = bars[name]
         found = bar.run(asked.seconds)
         row = {"case": name, "title": bar.title, "measure": bar.measure, "bar": bar.bar or None, **found}
-        row |= {"commit": commit(), "torch": torch.__version__, "machine": machine(torch.device(asked.device))}
+        row |= {"commit": source, "torch": torch.__version__}
         print(f"{name:14} {bar.title}, {bar.measure}: {row['reached']:.3f} (bar {bar.bar:g})", flush=True)
         store(file, row, list(bars))
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dynroute.contracts import InputError
-from dynroute.records import read_eval, write_rows
-from dynroute.report.plots import COLOURS, MARKERS, STYLE, save
+from dynroute.records import read_eval
+from dynroute.report.pictures.style import COLOURS, MARKERS, SHARE_AXIS, STYLE, finish
 
 METHODS = {"dmnn": "DMNN", "rnp": "RNP"}
 TARGETS = (0.4, 0.6, 0.8)
@@ -60,6 +60,7 @@ def points(folder: Path) -> list[Point]:
 def draw(made: list[Point], out: Path) -> list[Path]:
     """A panel for each method, the static nets in both."""
     import matplotlib
+    import pandas as pd
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
@@ -67,7 +68,7 @@ def draw(made: list[Point], out: Path) -> list[Path]:
         axes = figure.subplots(1, len(METHODS), sharey=True, squeeze=False)[0]
         for ax, (method, title) in zip(axes, METHODS.items(), strict=True):
             ax.set_title(title, loc="left", fontweight="bold")
-            ax.set_xlabel("share of the dense net's FLOPs (multiply-adds), %")
+            ax.set_xlabel(SHARE_AXIS)
             ax.grid(color="0.9", linewidth=0.6)
             static = [p for p in made if p["series"] == "static"]
             ax.plot(*_xy(static), color="black", marker="s", linestyle="--", label="a static net of each width")
@@ -77,9 +78,8 @@ def draw(made: list[Point], out: Path) -> list[Path]:
                 ax.plot(*_xy(own), color=COLOURS[place], marker=MARKERS[place], linestyle=line, label=label)
             ax.legend(frameon=False, fontsize=8, loc="lower right")
         axes[0].set_ylabel("top-1, %")
-        save(figure, out / "budget.png", {"Software": None})
-        save(figure, out / "budget.svg", {"Date": None, "Creator": None})
-    return [out / "budget.png", out / "budget.svg"]
+        table = pd.DataFrame([{name: point[name] for name in COLUMNS} for point in made])
+        return finish(figure, table, "budget", ("one net for any budget", ""), out).files
 
 
 def _xy(own: list[Point]) -> tuple[list[float], list[float]]:
@@ -97,14 +97,14 @@ def main(words: list[str] | None = None) -> int:
         made = points(given.folder)
         if not made:
             raise InputError(f"{given.folder} holds no rows of `make budget`")
-        write_rows(out / "budget.csv", [{name: point[name] for name in COLUMNS} for point in made], COLUMNS)
+        out.mkdir(parents=True, exist_ok=True)
     except InputError as error:
         print(f"budget_curves.py: {error}", file=sys.stderr)
         return 2
     for point in made:
         if point["any_vs_each"] is not None:
             print(f"{point['method']} at {point['flops_target']:g}: {point['any_vs_each']:+.2f} points")
-    for path in [out / "budget.csv", *draw(made, out)]:
+    for path in draw(made, out):
         print(path)
     return 0
 

@@ -4,8 +4,10 @@
     python experiments/prune.py runs/dense --share 0.4 --share 0.6 --by l1 --by taylor --by group --epochs 8 --out runs/pruned
     dynroute compare runs/dense runs/pruned/* runs/dmnn
 
-Needs Torch-Pruning: pip install 'dynroute[controls]'. Fine-tuning is the project's own training loop with the recipe of the
-dense run, multiply-adds are counted by the project's rule (FlopCounterMode / 2), and rows go into eval.csv as of any run.
+--resume leaves finished rows as they are, cuts again where a row was stopped (the seed decides on the same filters), and goes
+on with its fine-tuning. Needs Torch-Pruning: pip install 'dynroute[controls]'. Fine-tuning is the project's own training loop
+with the recipe of the dense run, multiply-adds are counted by the project's rule (FlopCounterMode / 2), and rows go into
+eval.csv as of any run.
 
 l1: filters by L1 norm, the same share of every layer (Li et al., 2017). taylor: by weight times gradient, over all layers
 (Molchanov et al., 2019). group: by the L2 norm of all that goes with a filter, over all layers (DepGraph, Fang et al., 2023,
@@ -37,7 +39,7 @@ from dynroute.data import Dataset, loader
 from dynroute.fit import fit
 from dynroute.measure import make_dial
 from dynroute.net import RoutedNet
-from dynroute.records import EvalRow, write_text
+from dynroute.records import EVAL_FILE, EvalRow, write_text
 from dynroute.routers import Phase, cross_entropy, ranged
 from dynroute.routers.static import StaticOptions, StaticRouter
 from dynroute.runs import Evaluator
@@ -140,10 +142,12 @@ def prune(net: nn.Sequential, by: str, share: float, data: Dataset, batch_size: 
         raise InputError(f"{by} cannot prune this net to {share:g} of its multiply-adds")
 
 
-def run(source: Path, by: str, share: float, epochs: int, lr: float | None, folder: Path) -> EvalRow:
+def run(
+    source: Path, by: str, share: float, epochs: int, lr: float | None, folder: Path, resume: bool = False
+) -> EvalRow:
     """Prune and fine-tune a dense run into a folder; returns its row on the test split."""
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty: choose another --out")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: add --resume, or choose another --out")
     dense = Evaluator.of(source)
     config, data = dense.config, dense.data
     if config.router_name != "static" or config.router.width < 1:
@@ -163,8 +167,11 @@ def run(source: Path, by: str, share: float, epochs: int, lr: float | None, fold
     )
     pruned = Pruned(net, data.spec.image_size, body.dense_macs)
     routed = RoutedNet(pruned, StaticRouter(pruned.specs, StaticOptions())).to(dense.device)
+    if resume and (folder / CONFIG_FILE).exists() and (folder / CONFIG_FILE).read_text() != config.yaml():
+        raise InputError(f"{folder} was pruned with other settings: choose another --out")
     write_text(folder / CONFIG_FILE, config.yaml())
-    rows = fit(routed, data, [Phase("tune", epochs, ("backbone",), cross_entropy)], optim, folder, seed=seed)
+    tune = Phase("tune", epochs, ("backbone",), cross_entropy)
+    rows = fit(routed, data, [tune], optim, folder, seed=seed, resume=resume)
     dial = make_dial(routed, 0, list)
     return Evaluator(folder, routed.eval(), config, data, dense.device, "last", len(rows), dial).measure(None).row
 
@@ -178,6 +185,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning [8]")
     parser.add_argument("--lr", type=float, help="of fine-tuning [the dense run's]")
     parser.add_argument("--out", type=Path, required=True, help="folder for the run folders")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier call was stopped")
     given = parser.parse_args(words)
     try:
         ranged("--epochs", given.epochs, 0, 100_000)
@@ -185,7 +193,10 @@ def main(words: list[str] | None = None) -> int:
             ranged("--share", share, 0.01, 1.0)
         for by, share in itertools.product(given.by, given.share):
             folder = given.out / f"prune_{by}_{100 * share:g}"
-            row = run(given.source, by, share, given.epochs, given.lr, folder)
+            if given.resume and (folder / EVAL_FILE).exists():
+                print(f"{folder}: finished before")
+                continue
+            row = run(given.source, by, share, given.epochs, given.lr, folder, given.resume)
             print(f"{folder}: share {row.macs_share:.3f}, {row.params} parameters, top-1 {100 * row.top1:.2f} %")
     except InputError as error:
         print(f"prune.py: {error}", file=sys.stderr)

@@ -28,6 +28,7 @@ ROOMS = [
     "measure",
     "bench",
     "controls",
+    "exhibits",
     "fit",
     "report",
     "plugins",

@@ -47,7 +47,7 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> dic
     return {row["case"]: row for row in read_rows(module.HOME / "results" / "skipping.csv")}
 
 
-@pytest.mark.parametrize("name", ["dmnn50_b1", "vgg16_32_b1", "multipath50", "dense", "cache"])
+@pytest.mark.parametrize("name", ["dmnn50_b1", "vgg16_b1", "vgg16_32_b1", "multipath50", "dense", "cache"])
 def test_a_line_is_measured(name: str, skipping: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(skipping, monkeypatch, name, "--seconds", "0")
     assert float(rows[name]["reached"]) > 0 and float(rows[name]["bar"]) == skipping.BARS[name].bar

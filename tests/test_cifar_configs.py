@@ -62,6 +62,9 @@ def test_the_stages_of_the_authors_recipe_follow_one_another(arrays: dict[str, P
 VANILLA = [path for name in ("cifar100", "conv4") for path in sorted((EXPERIMENTS / name).glob("vanilla_*.yaml"))]
 
 
+VANILLA += sorted((EXPERIMENTS / "cifar100" / "small").glob("static_*.yaml"))
+
+
 @pytest.mark.parametrize("path", VANILLA, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_vanilla_nets_cost_what_their_names_say(path: Path) -> None:
     config = load_config(path)
@@ -70,7 +73,7 @@ def test_vanilla_nets_cost_what_their_names_say(path: Path) -> None:
     net = build(config, spec).eval()
     with torch.no_grad():
         share = float(net(torch.zeros(1, 3, 32, 32)).macs_B) / net.cost.dense
-    assert share == pytest.approx(int(path.stem.removeprefix("vanilla_")) / 100, abs=0.012)
+    assert share == pytest.approx(int(path.stem.split("_")[1]) / 100, abs=0.012)
 
 
 @pytest.mark.parametrize("name", ["start", "vanilla_17", "rnp"])
@@ -91,3 +94,40 @@ def test_the_four_conv_rows_start(name: str, arrays: dict[str, Path], tmp_path: 
 def test_a_configuration_is_inspected_without_its_weights(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(EXPERIMENTS / path), "--json"]) == 0
     assert '"macs_dense"' in capsys.readouterr().out
+
+
+# --- DMNN's tables ----------------------------------------------------------------------------------------------
+
+GATED = [
+    path
+    for folder in ("ablation", "cifar100/small", "cifar100/resnet50", "cifar100/ablation")
+    for path in sorted((EXPERIMENTS / folder).glob("*.yaml"))
+    if path.stem.startswith(("dmnn", "aig"))
+]
+
+
+@pytest.mark.parametrize("path", GATED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_rows_of_dmnns_tables_say_what_their_names_say(path: Path) -> None:
+    config = load_config(path)
+    assert (config.name, config.backbone.unit) == (path.stem, "paths")
+    kind, setting = path.stem.split("_")
+    on = {"none": (False, False), "previous": (True, False), "category": (False, True)}.get(setting, (True, True))
+    assert (config.router.previous, config.router.category) == ((False, False) if kind == "aig" else on)
+    assert (config.backbone.parts == 1) == (config.router.resource == "aig") == (kind == "aig")
+    share = float(setting.removeprefix("t")) if setting[-1].isdigit() else 0.7
+    assert config.router.target == (share if share <= 1 else share / 100)
+
+
+@pytest.mark.parametrize("folder", ["ablation", "cifar100/small", "cifar100/resnet50"])
+def test_rows_of_a_table_share_one_recipe(folder: str) -> None:
+    configs = [load_config(p) for p in (EXPERIMENTS / folder).glob("*.yaml") if p.stem != "cascade"]
+    assert len({(c.backbone.name, str(c.optim), str(c.data), c.router.epochs) for c in configs}) == 1
+
+
+@pytest.mark.parametrize("path", ["small/dmnn_50", "small/aig_50", "small/dense", "resnet50/dmnn_t0.5"])
+def test_rows_of_dmnns_tables_start(path: str, arrays: dict[str, Path], tmp_path: Path) -> None:
+    words = ["router.epochs=1", "backbone.width=16", "optim.lr=0.01"]
+    phases = start(EXPERIMENTS / "cifar100" / f"{path}.yaml", arrays["cifar100"], tmp_path / "run", *words)
+    assert phases == ["train" if "dense" in path else "joint"]
+    if "dmnn" in path:
+        assert float(read_rows(tmp_path / "run" / "train.csv")[0]["loss_category"]) > 0

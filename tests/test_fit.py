@@ -355,6 +355,18 @@ def test_the_rate_steps_down_by_epochs() -> None:
     assert [learning_curve(epoch / 5, 5, options) for epoch in range(5)] == [1, 1, 0.5, 0.5, 0.25]
 
 
+def test_the_rate_steps_down_at_parts_of_a_phase_whatever_its_length() -> None:
+    options = OptimOptions(schedule="step", step_at=[0.5, 0.75], step_factor=0.1)
+    for epochs in (4, 200):
+        rates = [learning_curve(epoch / epochs, epochs, options) for epoch in range(epochs)]
+        expected = [1.0] * (epochs // 2) + [0.1] * (epochs // 4) + [0.01] * (epochs // 4)
+        assert rates == pytest.approx(expected)
+    with pytest.raises(InputError, match=r"optim\.step_at must lie between 0 and 1, not 100"):
+        OptimOptions(schedule="step", step_at=[100])
+    with pytest.raises(InputError, match=r"optim\.step_at is for optim\.schedule=step"):
+        OptimOptions(step_at=[0.5])
+
+
 def test_schedules_hear_how_far_their_phase_is(tmp_path: Path) -> None:
     net, data, config = small("dmnn")
     heard: list[float] = []

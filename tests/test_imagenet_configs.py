@@ -95,3 +95,12 @@ def test_gated_rows_train(name: str, jpegs: Path, tmp_path: Path) -> None:
     assert main(["train", "-c", str(EXPERIMENTS / f"{name}.yaml"), *words, "--out", str(tmp_path / "run")]) == 0
     (row,) = read_rows(tmp_path / "run" / "train.csv")
     assert row["phase"] == "joint" and 0 < float(row["calib_share"]) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*GATED, *STATIC])
+def test_every_row_of_dmnns_tables_takes_two_steps_at_full_width(name: str, jpegs: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "optim.lr=0.001", "router.epochs=1", f"data.path={jpegs}"]
+    assert main(["train", "-c", str(EXPERIMENTS / f"{name}.yaml"), *words, "--out", str(tmp_path / "run")]) == 0
+    (row,) = read_rows(tmp_path / "run" / "train.csv")
+    assert row["phase"] == ("joint" if name in GATED else "train")

@@ -45,10 +45,13 @@ def test_seeds_are_meaned_image_by_image() -> None:
     assert over_seeds([images("11"), images("111")]) is None
 
 
+PLAIN = {"loss": 0.5, "macs": 1000, "route": "1/0"}  # of no matter here
+
+
 def routes(folder: Path, target: str, bits: str, first: int = 0) -> None:
     """A routes.csv whose images are right where the bit is 1; written last image first."""
     setting = {"split": "test", "flops_target": target, "checkpoint": "last"}
-    rows = [{**setting, "index": first + i, "label": 0, "predicted": 1 - int(b)} for i, b in enumerate(bits)]
+    rows = [{**setting, "index": first + i, "label": 0, "predicted": 1 - int(b), **PLAIN} for i, b in enumerate(bits)]
     write_rows(folder / "routes.csv", rows[::-1])
 
 

@@ -222,12 +222,12 @@ def test_sub_blocks_of_basic_blocks_are_widened_where_asked_for() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("make", [bottleneck, inverted])
-def test_the_covariance_fold_is_exact(make: Any, gated: bool, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_covariance_fold_is_exact(stride: int, gated: bool, layout: torch.memory_format) -> None:
     """Outputs, all gradients and running statistics as of one BatchNorm for each sub-block, in float64; a dead channel too."""
     results = []
     for fold in (True, False):
-        unit = make(3, 2, (6, 10)).double().train()
+        unit = bottleneck(3, stride, (6, 10)).double().train()
         shake(unit)
         unit.fold = fold
         torch.manual_seed(1)
@@ -243,11 +243,10 @@ def test_the_covariance_fold_is_exact(make: Any, gated: bool, layout: torch.memo
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("make", [bottleneck, inverted])
-def test_the_covariance_fold_under_autocast_is_the_plain_form_but_for_rounding(make: Any) -> None:
+def test_the_covariance_fold_under_autocast_is_the_plain_form_but_for_rounding() -> None:
     outputs = []
     for fold in (True, False):
-        unit = make(2).train()
+        unit = bottleneck(2).train()
         unit.fold = fold
         torch.manual_seed(1)
         x, keep = torch.randn(8, unit.spec.in_channels, SIZE, SIZE), torch.tensor([[1.0, 0], [1, 1]]).repeat(4, 1)

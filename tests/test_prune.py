@@ -82,6 +82,36 @@ def test_rows_are_those_of_a_run(prune: ModuleType, dense: Path, tmp_path: Path,
     assert capsys.readouterr().out.count("share 0.5") == 3
 
 
+def test_a_stopped_row_goes_on_and_ends_as_if_never_stopped(
+    prune: ModuleType, dense: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(dense), "--share", "0.6", "--by", "taylor", "--epochs", "2"]
+    assert prune.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    kept = prune.fit
+
+    def stopped(*given: Any, listener: Any = None, **named: Any) -> Any:
+        def heard(step: Any) -> None:
+            if step.epoch == 2:
+                raise KeyboardInterrupt
+
+        return kept(*given, listener=heard, **named)
+
+    monkeypatch.setattr(prune, "fit", stopped)
+    again = [*words, "--out", str(tmp_path / "stopped")]
+    with pytest.raises(KeyboardInterrupt):
+        prune.main(again)
+    monkeypatch.setattr(prune, "fit", kept)
+    assert len(read_rows(tmp_path / "stopped" / "prune_taylor_60" / "train.csv")) == 1
+    assert prune.main(again) == 2 and "add --resume" in capsys.readouterr().err
+    assert prune.main([*again, "--epochs", "3", "--resume"]) == 2
+    assert "pruned with other settings" in capsys.readouterr().err
+    assert prune.main([*again, "--resume"]) == 0
+    ends = [torch.load(tmp_path / f / "prune_taylor_60" / "last.pt")["model"] for f in ("whole", "stopped")]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    assert prune.main([*again, "--resume"]) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
 def test_beside_zero_padding_only_hidden_channels_go(prune: ModuleType, dense: Path) -> None:
     evaluator = prune.Evaluator.of(dense)
     net = prune.plain_net(evaluator.net.backbone)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import random
 import re
 import subprocess
 import sys
@@ -334,3 +336,31 @@ def test_twenty_runs_quickly_and_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["20"]
     assert time.perf_counter() - start < 15  # about two seconds when the machine is idle
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_of_three_seeds_in_twenty_seconds(tmp_path: Path) -> None:
+    """Each with its routes of 1,000 images; processor time, since tests share the machine."""
+    draw = random.Random(0)
+    for i, seed in itertools.product(range(200), range(3)):
+        method = ("static", "rnp", "rnr", "dmnn", "aig")[i % 5]
+        rows, images = [], []
+        for target in (None,) if method == "static" else (0.3, 0.6):
+            right = [draw.random() < 0.8 for _ in range(1000)]
+            name, share = f"{method}{i}-s{seed}", target or (i + 5) / 210
+            top1 = sum(right) / 1000
+            rows.append(
+                row(share, top1, run=name, method=method, seed=seed, flops_target=target, config_hash=str(i), n=1000)
+            )
+            setting = {"split": "test", "flops_target": target, "checkpoint": "last"}
+            route = {"loss": 0.1, "macs": 1000, "route": "1000/1100/1110/1111/1000/1100/1110/1111/1000"}
+            images += [
+                {**setting, "index": k, "label": 1, "predicted": int(hit), **route} for k, hit in enumerate(right)
+            ]
+        write_rows(tmp_path / "runs" / rows[0].run / "eval.csv", map(as_dict, rows), EVAL_COLUMNS)
+        write_rows(tmp_path / "runs" / rows[0].run / "routes.csv", images)
+    start = time.process_time()
+    made = compare([tmp_path / "runs"], tmp_path / "out")
+    assert time.process_time() - start < 20
+    assert len(made.table) == 360 and set(made.table["n_seeds"]) == {3}
+    assert set(made.controls["interval"]) == {"paired"}

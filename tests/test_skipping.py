@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,7 +62,7 @@ def test_given_routes(unit: str, kind: str, images: int) -> None:
 
 def test_routes_differ_in_these_tests() -> None:
     for name, unit in PAIRS:
-        if name != "static":
+        if name not in ("static", "slimmable"):
             found = make_net(name, unit)(pictures(8)).trace.keep_BUG.flatten(1).unique(dim=0)
             assert len(found) > 1, (name, unit)
 
@@ -225,20 +223,6 @@ def test_without_packed_convolutions_plain_ones_run(monkeypatch: pytest.MonkeyPa
         assert close(FastNet(net)(x).logits_BK, net(x).logits_BK)
     finally:
         kernels.packed_works.cache_clear()
-
-
-def test_a_state_follows_its_images() -> None:
-    class Memory(NamedTuple):
-        h: Tensor
-        price: float
-
-    index = torch.tensor([2, 0, 1])
-    one, two = torch.arange(3), torch.arange(3) * 10
-    got = reordered(Memory(one, 0.5), index)
-    assert isinstance(got, Memory) and got.h.tolist() == [2, 0, 1] and got.price == 0.5
-    assert [t.tolist() for t in reordered((one, [two]), index)[1]] == [[20, 0, 10]]
-    assert reordered({"h": two}, index)["h"].tolist() == [20, 0, 10]
-    assert reordered(None, index) is None
 
 
 def test_a_fast_net_is_a_snapshot_and_leaves_the_net_alone() -> None:

@@ -19,7 +19,7 @@ def listing(kind: str | None = None) -> dict[str, dict[str, str]]:
     for plural, singular in KINDS.items():
         out[plural] = {name: _sentence(plugins.find(singular, name)) for name in plugins.names(singular)}
     out["papers"] = report.paper_tables()
-    out["experiments"] = {str(path): _first_comment(path) for path in sorted(EXPERIMENTS.glob("*/*.yaml"))}
+    out["experiments"] = {str(path): _first_comment(path) for path in sorted(EXPERIMENTS.rglob("*.yaml"))}
     return {kind: out[kind]} if kind else out
 
 

@@ -253,7 +253,8 @@ def compare(
     if len(comparison.table):
         console.print(report.to_rich(comparison.table))
     if len(comparison.controls):
-        console.print(report.rich_table(report.control_cells(comparison.controls), "Routed rows beside their controls"))
+        common, lines = report.without_common(report.control_cells(comparison.controls))
+        console.print(report.rich_table(lines, f"Routed rows beside their controls: {common}"))
     for table in comparison.papers:
         console.print(report.papers.to_rich(table))
         for line in report.papers.missing(table):
@@ -540,7 +541,8 @@ def print_results(results: list[Any]) -> None:
             str(row.routes),
             str(row.n),
         ]
-        table.add_row(*cells, *([f"{row.latency_ms_p50:.2f}", f"{row.speedup:.2f}x"] if timed else []))
+        clocked = row.latency_ms_p50 is not None  # controls are not
+        table.add_row(*cells, *([f"{row.latency_ms_p50:.2f}", f"{row.speedup:.2f}x"] if clocked else []))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -98,7 +98,8 @@ class Config:
             if section[key]:
                 section[key] = Path(section[key]).name
         body["nets"] = [Path(run).name for run in body["nets"]]
-        values["backbone"] = {k: v for k, v in body.items() if v != []}  # lists not used leave hashes as they were
+        for section in ("backbone", "optim"):  # lists not used leave hashes as they were
+            values[section] = {k: v for k, v in values[section].items() if v != []}
         for key in ("path_width", "path_least") if body["unit"] != "paths" else ():
             values["backbone"].pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

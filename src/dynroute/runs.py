@@ -23,11 +23,11 @@ from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import Batch, InputError, Setting
 from dynroute.controls import CONTROLS
 from dynroute.data import Dataset, DataSpec, known_spec, limited, load, loader
+from dynroute.exhibits import write_images, write_names
 from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint
 from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import (
-    BENCH_FILE,
     EVAL_FILE,
     ROUTES_FILE,
     BenchRow,
@@ -39,7 +39,7 @@ from dynroute.records import (
 )
 
 CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
-LOG_FILE = "log.txt"
+LOG_FILE, BENCH_FILE = "log.txt", "bench.csv"
 
 
 def prepare(config: Config) -> torch.device:
@@ -199,17 +199,17 @@ class Evaluator:
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the dial for a target by the calibration split (None: the trained point), then measure the split.
 
-        Writes the row into eval.csv and the per-image routes into routes.csv.
+        Writes the row into eval.csv, the per-image routes into routes.csv, and what `exhibits` leaves beside them.
         """
         fit = None if target is None else self.fitted(target)
-        self.net.router.setting = fit.setting if fit else Setting()
+        setting = self.net.router.setting = fit.setting if fit else Setting()
         part, batches = self._split(split)
         scores = evaluate(self.net, batches)
         row = self._row(scores, split, target, fit)
         rows: list[BenchRow] = []
         if timed:
             plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
-            rows, _ = self.bench([Point(target, self.net.router.setting)], plan, split)
+            rows, _ = self.bench([Point(target, setting)], plan, split)
             row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
             row.latency_batch, row.latency_threads, row.latency_device = (
                 rows[-1].batch,
@@ -219,16 +219,8 @@ class Evaluator:
         merge_eval(self.folder / EVAL_FILE, row)
         self._write_routes(scores, part, split, target)
         missed = target is not None and abs(row.macs_share - target) > TOLERANCE
-        return Result(row, self.dial.calibration.span() if target is not None else None, missed, scores, rows)
-
-    def targets(self, count: int = 10) -> list[float]:
-        """So many targets across the range that the dial reaches, its ends included."""
-        low, high = self.dial.span()
-        return [round(low + (high - low) * i / (count - 1), 4) for i in range(count)]
-
-    def share_at(self, ms: float) -> float:
-        """The share at which an image takes so many milliseconds, by the run's bench.csv: see `latency_share`."""
-        return latency_share(self.folder, ms, self.device)
+        reachable = self.dial.calibration.span() if target is not None else None
+        return Result(row, reachable, missed, scores, rows)
 
     def bench(self, points: Sequence[Point], plan: Plan, split: str = "test") -> tuple[list[BenchRow], list[str]]:
         """Rows of `bench.bench` at points of this run, on images of a split, and remarks."""
@@ -240,6 +232,15 @@ class Evaluator:
         dense = dense_twin(self.config, self.data.spec).backbone.to(self.device)
         labels = bench_labels(self.config, self.device) | {"run": self.folder.name}
         return bench(self.net, dense, batch.images, points, plan, labels)
+
+    def targets(self, count: int = 10) -> list[float]:
+        """So many targets across the range that the dial reaches, its ends included."""
+        low, high = self.dial.span()
+        return [round(low + (high - low) * i / (count - 1), 4) for i in range(count)]
+
+    def share_at(self, ms: float) -> float:
+        """The share at which an image takes so many milliseconds, by the run's bench.csv: see `latency_share`."""
+        return latency_share(self.folder, ms, self.device)
 
     def controls(self, result: Result) -> list[Result]:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
@@ -337,6 +338,8 @@ class Evaluator:
                 columns[name.removesuffix("es")] = getattr(part, name)[scores.index_N].tolist()
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         write_rows(path, [*kept, *(setting | row for row in rows)])
+        write_names(self.folder, self.data.spec, self.net.backbone.specs)
+        write_images(self.folder, setting, scores, part, self.data.spec)
 
 
 def latency_share(folder: Path, ms: float, device: torch.device) -> float:

@@ -100,7 +100,7 @@ def _of_run(folder: Path, request: Request, say: Said) -> Timed:
     evaluator = Evaluator.of(folder, device=request.device)
     points, missed = [Point()], []
     for target in request.targets:
-        say(f"fitting the price for {target:g}")
+        say(f"fitting the setting for {target:g}")
         fit = evaluator.fitted(target)
         points.append(Point(target, fit.setting))
         if abs(fit.share - target) > TOLERANCE:

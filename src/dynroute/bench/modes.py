@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dynroute.backbones import Backbone
 from dynroute.bench.others import Run, Unavailable, compiled, onnxruntime
 from dynroute.bench.rounds import LEAST, Case, Times, at, choose_clock, interleaved
+from dynroute.bench.routes import Opened
 from dynroute.contracts import InputError, Output, Setting
 from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
@@ -35,7 +36,7 @@ FALLEN = 0.95  # share of the dense net's multiply-adds below which time should 
 
 
 class Point(NamedTuple):
-    """A point at which the routed net is timed: the setting of a FLOPs target (None: the trained point), or a rate.
+    """A point at which the routed net is timed: the setting for a FLOPs target (None: the trained point), or a rate.
 
     routes: who chooses, `router`, or `random` or `uniform` draws in its stead.
     """
@@ -75,8 +76,9 @@ class DenseNet(nn.Module):
 
 
 def executor(net: RoutedNet) -> FastNet:
-    """The fast run of a net, with as many threads as torch is set to."""
-    return FastNet(net)
+    """The fast run of a net, with as many threads as torch is set to: images apart where there are several, on the CPU."""
+    on_cpu = next(net.backbone.parameters()).is_cpu
+    return FastNet(net, threads=torch.get_num_threads() if on_cpu else 1)
 
 
 def bench(
@@ -146,9 +148,9 @@ class _Cases:
                 except Unavailable as reason:
                     self.remarks.append(str(reason))
         if "all_on" in modes:
-            whole = executor(self.net)
-            keep_BUG = self.net.dense_routes(self.plan.batch).to(x)
-            yield "all_on", Case(lambda turn: _call(whole, self.picked(turn), keep_BUG), self.macs_given)
+            dense_UG = self.net.dense_routes(1)[0].to(self.net.cost.part_UG.device).float()
+            whole = executor(RoutedNet(self.net.backbone, Opened(self.net.router, dense_UG)))
+            yield "all_on", Case(lambda turn: _call(whole, self.picked(turn)), _macs)
         for place, point in enumerate(points):
             for mode, run, read in self.routed(point):
                 if mode in modes:
@@ -164,8 +166,12 @@ class _Cases:
             yield "router", self.decisions(), lambda result: 0.0
 
     def filled(self, fast: FastNet, point: Point) -> FastNet:
-        """An executor that has met every image of the pool."""
+        """An executor that has measured its forms and met every image of the pool."""
         self.net.router.setting = point.setting
+        hopeless = fast.warm_up(self.picked(0))
+        if hopeless:
+            batch = f"at batch {self.plan.batch}, {plural(fast.threads, 'thread')}"
+            self.remarks.append(f"masked, because skipping gains nothing there {batch}: {', '.join(hopeless)}")
         for turn in range(math.ceil(len(self.images_NCHW) / self.plan.batch)):
             fast(self.picked(turn))
         return fast
@@ -204,10 +210,6 @@ class _Cases:
 
         return Case(prepare, read)
 
-    def macs_given(self, out: Output) -> float:
-        """Mean multiply-adds of a run under given routes, in which the router has no part."""
-        return _macs(out) - self.net.cost.router
-
     def picked(self, turn: int) -> Tensor:
         """The images of a round: the next of the pool, from its start again where it ends."""
         if self.last is None or self.last[0] != turn:
@@ -215,6 +217,11 @@ class _Cases:
             x_BHWC = self.images_NCHW.permute(0, 2, 3, 1).index_select(0, rows_B.to(self.images_NCHW.device))
             self.last = turn, x_BHWC.permute(0, 3, 1, 2)
         return self.last[1]
+
+
+def plural(count: int, word: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _call(run: Run, *given: Tensor) -> Callable[[], Any]:

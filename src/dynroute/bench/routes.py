@@ -27,7 +27,7 @@ class Overruled(Router):
 
     def __init__(self, router: Router, routes_NUG: Tensor) -> None:
         super().__init__(router.specs)
-        self.router, self.price_limits = router, router.price_limits
+        self.router, self.price_limits, self.pooled = router, router.price_limits, router.pooled
         self.register_buffer("routes_NUG", routes_NUG.float(), persistent=False)
 
     def begin(self, x_BCHW: Tensor) -> State:
@@ -40,6 +40,27 @@ class Overruled(Router):
         inner, routes_BUG = state
         _, inner = self.router.decide(u, x_BCHW, inner)
         return Decision(routes_BUG[:, u, : self.specs[u].parts], {}), (inner, routes_BUG)
+
+    def macs(self) -> float:
+        """The router's."""
+        return self.router.macs()
+
+
+class Opened(Router):
+    """Asks a router, so that its time is spent, and runs all parts, or the dearest alternative, of every unit."""
+
+    def __init__(self, router: Router, dense_UG: Tensor) -> None:
+        super().__init__(router.specs)
+        self.router, self.pooled, self.dense_UG = router, router.pooled, dense_UG
+
+    def begin(self, x_BCHW: Tensor) -> State:
+        """The router's own."""
+        return self.router.begin(x_BCHW)
+
+    def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
+        """Everything, after the router has said its own."""
+        _, state = self.router.decide(u, x_BCHW, state)
+        return Decision(self.dense_UG[u, : self.specs[u].parts].expand(len(x_BCHW), -1), {}), state
 
     def macs(self) -> float:
         """The router's."""

@@ -1,4 +1,4 @@
-"""Compare runs: tables, a picture and a page, made from the runs' CSV files alone. Never imports torch."""
+"""Compare runs: tables, pictures, route reports and a page, made from the runs' CSV files alone. Never imports torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from dynroute.contracts import InputError
 from dynroute.records import write_rows, write_text
-from dynroute.report import page, plots, tables
+from dynroute.report import page, pictures, routed, routes, tables
 from dynroute.report.papers import PaperTable, expand, paper_table, paper_tables
+from dynroute.report.pictures import Picture
 from dynroute.report.read import CONTROLS_FILE, PAPERS_FILE, TABLE_FILE, LeftOut, read
-from dynroute.report.tables import Tables, control_cells, rich_table, to_markdown, to_rich
+from dynroute.report.routes import RouteReport
+from dynroute.report.tables import Tables, control_cells, rich_table, to_markdown, to_rich, without_common
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +30,7 @@ __all__ = [
     "rich_table",
     "to_markdown",
     "to_rich",
+    "without_common",
 ]
 
 
@@ -35,7 +38,7 @@ __all__ = [
 class Comparison:
     """What was compared. table, controls: see `tables.build`; left_out: what they lack, and why; files: as written.
 
-    papers: reported rows beside ours, where asked for.
+    papers: reported rows beside ours, where asked for. routes: how dynamic the routed runs are, where routes.csv is there.
     """
 
     table: pd.DataFrame
@@ -43,10 +46,11 @@ class Comparison:
     left_out: list[LeftOut]
     files: list[Path]
     papers: list[PaperTable] = field(default_factory=list)
+    routes: list[RouteReport] = field(default_factory=list)
 
 
 def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Comparison:
-    """Read the runs; write table.csv, .md, .tex, controls.csv, accuracy_flops.{csv,png,svg} and index.html into `out`.
+    """Read the runs; write table.csv, .md, .tex, controls.csv, the pictures, routes_report.csv and index.html into `out`.
 
     paths: run folders, folders of runs or of CSVs, eval CSVs. papers: names out of `paper_tables`, or "all";
     adds papers.csv and papers.md, and needs no paths. Raises InputError where nothing can be shown.
@@ -55,15 +59,21 @@ def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Com
     rows, left_out = read(paths) if paths or not names else ([], [])
     _make_folder(out)
     made = tables.build(rows, left_out) if rows else tables.empty()
-    files, svg = _write_runs(made, left_out, out) if rows else ([], "")
+    images = routed.load(rows, left_out) if rows else []
+    reports = [routes.route_report(each) for each in images]
+    drawn = pictures.write_all(made.main, rows, images, left_out, out) if rows else []
+    files = _write_runs(made, left_out, drawn, out) if rows else []
+    files += routes.write_reports(reports, out) if reports else []
     reported = paper_table(names, made.main)
     files += _write_papers(reported, out) if reported else []
-    write_text(out / "index.html", page.render(made, left_out, svg, reported))
-    return Comparison(made.main, made.lines, left_out, [*files, out / "index.html"], reported)
+    told = routes.cells(reports)
+    html = page.render(made, left_out, reported, pictures=drawn, route_table=told, route_notes=routes.NOTES)
+    write_text(out / "index.html", html)
+    return Comparison(made.main, made.lines, left_out, [*files, out / "index.html"], reported, reports)
 
 
-def _write_runs(made: Tables, left_out: list[LeftOut], out: Path) -> tuple[list[Path], str]:
-    """Write the tables and the main picture; returns the files, and the picture as SVG text."""
+def _write_runs(made: Tables, left_out: list[LeftOut], drawn: list[Picture], out: Path) -> list[Path]:
+    """Write the tables; returns the files, the pictures' among them."""
     texts = {
         TABLE_FILE: made.main.to_csv(index=False, lineterminator="\n"),
         CONTROLS_FILE: made.lines.to_csv(index=False, lineterminator="\n"),
@@ -72,9 +82,7 @@ def _write_runs(made: Tables, left_out: list[LeftOut], out: Path) -> tuple[list[
     }
     for name, text in texts.items():
         write_text(out / name, text)
-    pictures = plots.write(made.main, out)
-    svg = (out / f"{plots.NAME}.svg").read_text(encoding="utf-8")
-    return [*(out / name for name in texts), *pictures], svg
+    return [*(out / name for name in texts), *(file for each in drawn for file in each.files)]
 
 
 def _write_papers(reported: list[PaperTable], out: Path) -> list[Path]:

@@ -7,8 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dynroute.records import write_rows
-from dynroute.report.plots import COLOURS, STYLE, save
+from dynroute.report.pictures.style import COLOURS, SHARE_AXIS, STYLE, finish
 
 NAME = "curve"
 COLUMNS = (
@@ -32,14 +31,12 @@ def area(rows: Sequence[Mapping[str, Any]]) -> float | None:
 def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Write curve.csv, curve.png and curve.svg of evaluated rows into a run folder."""
     import matplotlib
+    import pandas as pd
 
     ordered = sorted(rows, key=lambda row: row["macs_share"])
-    write_rows(folder / f"{NAME}.csv", [{name: row[name] for name in COLUMNS} for row in ordered], COLUMNS)
+    table = pd.DataFrame([{name: row[name] for name in COLUMNS} for row in ordered])
     with matplotlib.rc_context(STYLE):
-        figure = _draw(ordered)
-        save(figure, folder / f"{NAME}.png", {"Software": None})
-        save(figure, folder / f"{NAME}.svg", {"Date": None, "Creator": None})
-    return [folder / f"{NAME}{suffix}" for suffix in (".csv", ".png", ".svg")]
+        return finish(_draw(ordered), table, NAME, ("accuracy against FLOPs", ""), folder).files
 
 
 def _draw(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -50,7 +47,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> Any:
     mean = area(rows)
     title = f"{rows[0]['run']} ({rows[0]['split']}, n = {rows[0]['n']})"
     ax.set_title(title + ("" if mean is None else f"\nmean top-1 over the range {100 * mean:.2f} %"), loc="left")
-    ax.set_xlabel("share of the dense net's FLOPs (multiply-adds), %")
+    ax.set_xlabel(SHARE_AXIS)
     ax.set_ylabel("top-1, %")
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)

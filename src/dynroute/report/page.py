@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynroute.report import papers, recipes, tables
 from dynroute.report.papers import PaperTable
+from dynroute.report.pictures import Picture
 from dynroute.report.read import LeftOut
-from dynroute.report.tables import WORDS, Tables, cells, control_cells
+from dynroute.report.tables import WORDS, Tables, cells, control_cells, without_common
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,77 +54,33 @@ PAPER_NOTES = (
 )
 
 
-class Shown(Protocol):
-    """A picture to be shown."""
-
-    @property
-    def name(self) -> str:
-        """A word for its file and its place on the page."""
-
-    @property
-    def title(self) -> str:
-        """Its heading, plain text."""
-
-    @property
-    def caption(self) -> str:
-        """What to see in it, plain text."""
-
-    @property
-    def svg_text(self) -> str:
-        """One <svg> element, after the head of an SVG file or without."""
-
-    @property
-    def csv_path(self) -> Path:
-        """The numbers drawn."""
-
-
-class Figure(NamedTuple):
-    """A `Shown` of one's own."""
-
-    name: str
-    title: str
-    caption: str
-    svg_text: str
-    csv_path: Path
-
-
-def accuracy_flops(svg: str) -> Figure:
-    """The main picture."""
-    caption = (
-        "Upright bars: standard deviation over seeds. Thin level bars: what the images from the 5th to the 95th percentile "
-        "of cost take. Dashed: the static nets."
-    )
-    title = "Accuracy against FLOPs (multiply-adds)"
-    return Figure("accuracy_flops", title, caption, svg, Path("accuracy_flops.csv"))
-
-
 def render(
     made: Tables,
     left_out: Sequence[LeftOut],
-    svg: str = "",
     reported: Sequence[PaperTable] = (),
     *,
-    pictures: Sequence[Shown] = (),
+    pictures: Sequence[Picture] = (),
     route_table: Sequence[Mapping[str, str]] = (),
     route_notes: Sequence[str] = (),
 ) -> str:
     """The page as text; of tables without rows, the papers' tables alone. Everything but our own SVG is escaped.
 
-    svg: the main picture, where it is not among `pictures`. route_table: the route report as texts by header, with its notes.
+    route_table: the route report as texts by header, with its notes.
     """
     from jinja2 import Environment
     from markupsafe import Markup
 
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_text(TEMPLATE))
-    figures = [accuracy_flops(svg), *pictures] if svg else list(pictures)
     return (
         template.render(
-            rows=cells(made.main),
+            results=without_common(cells(made.main)),
             origins=origins(made.main),
-            lines=control_cells(made.lines),
+            controls=without_common(control_cells(made.lines)),
             notes=run_notes(made) if len(made.main) else (),
             control_notes=CONTROL_NOTES,
-            figures=[_Drawn(f.name, f.title, f.caption, Markup(_element(f)), f.csv_path.name) for f in figures],
+            figures=[
+                (picture, Markup(picture.svg_text)) for picture in pictures
+            ],  # those who draw escape the names in it
             routes=[dict(row) for row in route_table],
             route_notes=route_notes,
             papers=[_Paper(p.name, p.caption, papers.cells(p), papers.missing(p)) for p in reported],
@@ -136,14 +93,6 @@ def render(
         )
         + "\n"
     )
-
-
-class _Drawn(NamedTuple):
-    name: str
-    title: str
-    caption: str
-    svg: str
-    file: str
 
 
 class _Paper(NamedTuple):
@@ -192,11 +141,6 @@ def papers_markdown(reported: Sequence[PaperTable]) -> str:
     """The papers' tables with their notes."""
     parts = [*map(papers.to_markdown, reported), "\n".join(f"- {note}" for note in PAPER_NOTES)]
     return "\n".join(parts) + "\n"
-
-
-def _element(figure: Shown) -> str:
-    """The <svg> alone, without the head of an SVG file; those who draw escape the names in it."""
-    return figure.svg_text[figure.svg_text.index("<svg") :]
 
 
 def _text(path: Path) -> str:

@@ -19,9 +19,7 @@ COLUMNS = {
     **dict.fromkeys(("split", "flops_target", "checkpoint"), "str"),
     **dict.fromkeys(("index", "label", "predicted"), "int64"),
 }
-
-LIMIT = "flops_max"  # a column that older files lack
-KNOWN = {**COLUMNS, LIMIT: "str"}
+LIMIT = "flops_max"  # filled in where no image may exceed a share: such images stand for rows of their own
 
 
 class Answers(NamedTuple):
@@ -77,7 +75,7 @@ def over_seeds(seeds: Sequence[Answers | None]) -> Answers | None:
 
 
 def answers(file: Path) -> dict[float | None, Answers]:
-    """The test images of a routes.csv for each target in it (None: the trained point), last checkpoint, no limit on them.
+    """The test images of a routes.csv for each target in it (None: the trained point), last checkpoint.
 
     Raises InputError on a missing, torn or foreign file.
     """
@@ -91,9 +89,11 @@ def answers(file: Path) -> dict[float | None, Answers]:
     if text.count(",") != text.count("\n") * (len(head) - 1):  # no cell of ours is quoted
         raise InputError(f"{file} is not a routes.csv: it has lines that do not fit its header")
     try:
-        frame = pd.read_csv(io.StringIO(text), usecols=lambda name: name in KNOWN, keep_default_na=False, dtype=KNOWN)
-        free = frame[frame[LIMIT] == ""] if LIMIT in frame else frame
-        mine = free[(free["split"] == "test") & (free["checkpoint"] == "last")]
+        kinds = {name: kind for name, kind in {**COLUMNS, LIMIT: "str"}.items() if name in head}
+        frame = pd.read_csv(io.StringIO(text), usecols=list(kinds), keep_default_na=False, dtype=kinds)
+        mine = frame[(frame["split"] == "test") & (frame["checkpoint"] == "last")]
+        if LIMIT in mine:
+            mine = mine[mine[LIMIT] == ""]
         return {float(str(t)) if t else None: _answers(part) for t, part in mine.groupby("flops_target")}
     except ValueError as error:  # pandas' ParserError is one
         raise InputError(f"{file} is not a routes.csv: {error}") from None

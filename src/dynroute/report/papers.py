@@ -148,16 +148,17 @@ CELLS = {  # header -> column and format
     **{name: (name, "") for name in ("method", "backbone")},
     "N": ("sub_blocks", "g"),
     "target": ("target", "g"),
-    "reported top-1 error %": ("reported_top1_error_pct", "g"),
-    "reported top-5 error increase, points": ("reported_top5_error_increase_points", "g"),
+    "reported top-1 error %": ("reported_top1_error_pct", ".2f"),
+    "reported top-5 error increase, points": ("reported_top5_error_increase_points", ".2f"),
     "reported FLOPs (G multiply-adds)": ("reported_macs_g", "g"),
     "reported share %": ("reported_share_pct", ".1f"),
-    **{name: (name, "") for name in ("certainty", "note", "run")},
+    **{name: (name, "") for name in ("certainty", "run")},
     "seeds": ("n_seeds", "d"),
     "reproduced top-1 error %": ("reproduced_top1_error_pct", ".2f"),
     "+-": ("reproduced_top1_error_std", ".2f"),
     "reproduced share %": ("reproduced_share_pct", ".1f"),
     "difference, points": ("difference_points", "+.2f"),
+    "note": ("note", ""),
 }
 
 

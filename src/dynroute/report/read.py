@@ -17,10 +17,13 @@ from dynroute.report.timing import of_row, read_times
 Row = dict[str, Any]
 CONFIG_FILE = "config.yaml"
 TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE = "table.csv", "controls.csv", "times.csv", "papers.csv"
-OWN_FILES = frozenset({TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE})  # --out may be a results folder
+REPORT_FILE = "routes_report.csv"
+OWN_FILES = frozenset(
+    {TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE, REPORT_FILE}
+)  # --out may be a results folder
 RUN_FILES = frozenset({TRAIN_FILE, ROUTES_FILE, BENCH_FILE})
 NEEDED = ("top1", "macs_share")
-BESIDE = ("parts", "variant", "trained_for", "routes_file", "timed", "times")  # from files beside the rows
+BESIDE = ("parts", "variant", "trained_for", "routes_file", "folder", "timed", "times")  # from files beside the rows
 
 
 class LeftOut(NamedTuple):
@@ -114,8 +117,9 @@ def _test_rows(file: Path) -> list[Row]:
     if not rows:
         raise InputError("no rows")
     told = _told(file.with_name(CONFIG_FILE))
-    routes = file.with_name(ROUTES_FILE)
-    return [{**row, **told, "routes_file": str(routes) if routes.exists() else ""} for row in tested]
+    routes, is_run = file.with_name(ROUTES_FILE), file.name == EVAL_FILE
+    beside = {"routes_file": str(routes) if routes.exists() else "", "folder": str(file.parent) if is_run else ""}
+    return [{**row, **told, **beside} for row in tested]
 
 
 def _timed(file: Path, left_out: list[LeftOut]) -> list[Row]:

@@ -174,22 +174,22 @@ BEATEN, NOT_BEATEN = "beaten", "not beaten"
 WORDS = frozenset(
     {"method", "run", "control", "backbone", "dataset", "certainty", "note", "at equal", "images", "verdict"}
 )  # aligned left, numbers right
-TITLE = ("dataset", "backbone", "epochs")  # a terminal is narrow
+TITLE = ("dataset", "backbone", "epochs", "seeds", "at equal")  # a terminal is narrow, and so is a telephone
 
 
 CONTROL_CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     **{name: CELLS[name] for name in ("method", "run", "backbone", "dataset", "target", "top-1 %")},
     "control": lambda r: r["control"],
+    "control's top-1 %": lambda r: _number(100 * r["control_top1"], ".2f"),
+    "difference": lambda r: _number(r["difference"], "+.2f"),
+    "95 % interval": lambda r: _interval(r["low"], r["high"]),
+    "verdict": lambda r: BEATEN if r["beaten"] else NOT_BEATEN,
     "at equal": lambda r: r["basis"],
     "cost": lambda r: _cost(r["cost"], r["basis"]),
     "control's cost": lambda r: (
         _cost(r["control_cost"], r["basis"]) + ("" if r["relation"] == EQUAL else f", {r['relation']}")
     ),
-    "control's top-1 %": lambda r: _number(100 * r["control_top1"], ".2f"),
-    "difference": lambda r: _number(r["difference"], "+.2f"),
-    "95 % interval": lambda r: _interval(r["low"], r["high"]),
     "images": lambda r: r["interval"],
-    "verdict": lambda r: BEATEN if r["beaten"] else NOT_BEATEN,
 }
 
 
@@ -241,12 +241,18 @@ def to_rich(table: pd.DataFrame) -> Table:
     """The table for the terminal: a rule between places; what is the same in all rows goes to the title."""
     rows = cells(table)
     places = [(row["dataset"], row["backbone"]) for row in rows]
-    common = [name for name in TITLE if name in rows[0] and len({row[name] for row in rows}) == 1]
-    title = ", ".join(f"{name} {rows[0][name]}" for name in common)
-    screen = rich_table([{k: v for k, v in row.items() if k not in common} for row in rows], title)
+    title, rows = without_common(rows)
+    screen = rich_table(rows, title)
     for screen_row, place, following in zip(screen.rows, places, [*places[1:], places[-1]], strict=True):
         screen_row.end_section = place != following
     return screen
+
+
+def without_common(rows: list[dict[str, str]]) -> tuple[str, list[dict[str, str]]]:
+    """What all rows have in common, as a title, and the rows without it."""
+    common = [name for name in TITLE if rows and name in rows[0] and len({row[name] for row in rows}) == 1]
+    title = ", ".join(f"{name} {rows[0][name]}" for name in common)
+    return title, [{k: v for k, v in row.items() if k not in common} for row in rows]
 
 
 def rich_table(rows: list[dict[str, str]], title: str) -> Table:

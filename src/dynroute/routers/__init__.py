@@ -5,7 +5,6 @@ from __future__ import annotations
 from dynroute.routers import cascade, gates, qlearn, slimmable, static
 from dynroute.routers.base import (
     NOTE,
-    Journey,
     Method,
     Phase,
     Router,
@@ -66,7 +65,6 @@ ROUTERS: dict[str, Method] = {
 __all__ = [
     "NOTE",
     "ROUTERS",
-    "Journey",
     "Limit",
     "Method",
     "Phase",

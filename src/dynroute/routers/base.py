@@ -34,19 +34,6 @@ class Journey(NamedTuple):
     groups: tuple[tuple[Tensor | None, Setting, State], ...]
     spent: Spent | None
 
-    def reordered(self, index_B: Tensor) -> Journey:
-        """The same images in another order: place i then has the image that was at place index_B[i]."""
-        groups = []
-        for rows, setting, state in self.groups:
-            held_B = index_B
-            if rows is not None:
-                place_B = index_B.new_full(index_B.shape, -1)
-                place_B[rows] = torch.arange(len(rows), device=rows.device)
-                rows = (place_B[index_B] >= 0).nonzero()[:, 0]
-                held_B = place_B[index_B[rows]]
-            groups.append((rows, setting, reordered(state, held_B)))
-        return Journey(tuple(groups), reordered(self.spent, index_B))
-
 
 class Router(nn.Module):
     """Decides, unit by unit, which parts each image runs.
@@ -87,7 +74,7 @@ class Router(nn.Module):
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
         """keep_BG of unit u for the feature maps that enter it, and the next state. Notes: same keys for every unit.
 
-        Every tensor of a state has the images as its first dimension, and none of them shares memory with x_BCHW.
+        The state must not share memory with x_BCHW, which the unit may overwrite.
         """
         raise NotImplementedError("a router must write decide()")
 
@@ -123,17 +110,6 @@ class Router(nn.Module):
             keep_BG, spent = self.limit.lowered(u, decision.keep_BG, spent)
             decision = decision._replace(keep_BG=keep_BG)
         return decision, Journey(tuple(groups), spent)
-
-
-def reordered(state: Any, index_B: Tensor) -> Any:
-    """A router's state for images in another order: every tensor in it has the images as its first dimension."""
-    if isinstance(state, Tensor):
-        return state[index_B] if state.dim() else state
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(reordered(item, index_B) for item in state))
-    if isinstance(state, list | tuple):
-        return type(state)(reordered(item, index_B) for item in state)
-    return {k: reordered(v, index_B) for k, v in state.items()} if isinstance(state, dict) else state
 
 
 @contextmanager

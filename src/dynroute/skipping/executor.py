@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dynroute.contracts import Output
 from dynroute.net import RoutedNet, stack
-from dynroute.routers import Journey
 from dynroute.skipping.cache import Key, Programs
 from dynroute.skipping.chain import FastLayer, Slab, entire, pooled
 from dynroute.skipping.lowering import straight
@@ -75,7 +75,7 @@ class FastNet:
         mine, positive = self.stem.fresh, False
         forms = self.forms.get(len(x_BCHW), [])
         for u in range(len(self.units)):
-            keys = routes.decide(u, x_BCHW)
+            keys = routes.decide(u, partial(routes.shown, x_BCHW))
             out_BCHW = self._unit(u, x_BCHW, keys, routes, forms[u] if forms else None, mine, positive)
             mine, positive = mine or out_BCHW is not x_BCHW, self.units[u].rectified
             x_BCHW = out_BCHW
@@ -113,7 +113,7 @@ class FastNet:
         routes, forms = Routes(self.net, x_BCHW, keep_BUG), []
         x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
         for u in range(len(self.units)):
-            keys = routes.decide(u, x_BCHW)
+            keys = routes.decide(u, partial(routes.shown, x_BCHW))
             times = {form: self._timed(u, x_BCHW, keys, routes, form, repeats) for form in (VIEWS, SORTED, MASKED)}
             forms.append(min(times, key=lambda form: times[form]))
             x_BCHW = self._unit(u, x_BCHW.clone(), keys, routes, VIEWS, True, False)
@@ -136,9 +136,7 @@ class FastNet:
         see = pooled if self.net.router.pooled else entire
         for u, layer in enumerate(self.layers):
             channels = self.net.backbone.specs[u].in_channels
-            keys = routes.decide(
-                u, x_BCHW if u == 0 else see(slabs, images, channels) if routes.asks else slabs[0].x_NCHW
-            )
+            keys = routes.decide(u, partial(see, slabs, images, channels))
             slabs = layer(slabs, keys)
         last = self.net.backbone.routable[-1]
         assert isinstance(last, ConvUnit)
@@ -159,28 +157,28 @@ class FastNet:
 
 
 class Routes:
-    """Decisions of a minibatch whose images may change their order on the way: given, or asked of the router.
+    """Decisions of a minibatch whose images may change their places on the way: given, or asked of the router.
 
-    order: the image that stands at each place; None: as they came. keeps: keep_BG of each unit so far, as they came.
+    The router sees the images as they came, always. order: the image that stands at each place; None: as they came.
+    keeps: keep_BG of each unit so far, as they came.
     """
 
     def __init__(self, net: RoutedNet, x_BCHW: Tensor, keep_BUG: Tensor | None) -> None:
         self.net, self.given = net, None if keep_BUG is None else keep_BUG.to(x_BCHW.device)
-        self.asks = keep_BUG is None
-        self.journey: Journey | None = net.router.start(x_BCHW) if self.asks else None
+        self.journey = net.router.start(x_BCHW) if keep_BUG is None else None
         self.order: Tensor | None = None
         self.keeps: list[Tensor] = []
         self.rows: list[list[tuple[bool, ...]]] = []  # of each unit, as they came
 
-    def decide(self, u: int, x_BCHW: Tensor) -> list[Key]:
-        """The pattern of each image at its present place."""
+    def decide(self, u: int, look: Callable[[], Tensor]) -> list[Key]:
+        """The pattern of each image at its present place. look: what the router is shown."""
         unit = self.net.backbone.routable[u]
-        if self.given is not None:
+        if self.journey is None:
+            assert self.given is not None
             keep_BG = self.given[:, u, : unit.spec.parts]
         else:
-            assert self.journey is not None
-            decision, self.journey = self.net.router.choose(u, x_BCHW, self.journey)
-            keep_BG = decision.keep_BG if self.order is None else decision.keep_BG[self.order.argsort()]
+            decision, self.journey = self.net.router.choose(u, look(), self.journey)
+            keep_BG = decision.keep_BG
         own = list(map(tuple, keep_BG.bool().tolist()))
         self.keeps.append(keep_BG)
         self.rows.append(own)
@@ -188,11 +186,17 @@ class Routes:
         keys = [Key(u, *pair) for pair in zip(own, above, strict=True)]
         return keys if self.order is None else [keys[i] for i in self.order.tolist()]
 
+    def shown(self, x_BCHW: Tensor) -> Tensor:
+        """The feature maps of a minibatch for the router, images as they came; their means where it looks at no more."""
+        if self.order is None:
+            return x_BCHW
+        if self.net.router.pooled:
+            return x_BCHW.mean((2, 3))[self.order.argsort()][:, :, None, None]
+        return gathered(x_BCHW, self.back())
+
     def reorder(self, index: Sequence[int]) -> None:
-        """The images now stand in another order; what the router remembers of them follows."""
+        """The images now stand in another order."""
         picked = torch.tensor(index, device=self.keeps[-1].device)
-        if self.journey is not None:
-            self.journey = self.journey.reordered(picked)
         self.order = picked if self.order is None else self.order[picked]
 
     def back(self) -> list[int]:

@@ -83,7 +83,7 @@ class PathBottleneck(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
-        u = F.relu(self.bn1(self.conv1(x_BCHW)))
+        u = F.relu(self.bn1(pointwise(x_BCHW, self.conv1)))
         parts = zip(u.split(self.sizes, 1), self.conv2, strict=True)
         u = F.relu(self.bn2(torch.cat([conv(part) for part, conv in parts], 1)))
         if self.training and self.fold:
@@ -131,7 +131,8 @@ class PathInverted(Unit):
 
     Blocks whose shape changes have a 1x1 projection with BatchNorm as their shortcut, which the plain net lacks: equation
     (4) needs one, and the paper's parameters show it. sizes: expanded channels of each sub-block. in_size: height
-    (= width) of the input, for the MAC count.
+    (= width) of the input, for the MAC count. The last BatchNorms are not folded by covariance in training: sub-blocks are
+    wider than their output here, so that covariances cost more than outputs (`benchmarks/dmnn_step.py`).
     """
 
     fold = True  # as for bottlenecks
@@ -166,8 +167,6 @@ class PathInverted(Unit):
         """The masked run: shortcut + sum of gate times sub-block."""
         u = F.relu6(self.bn1(self.expand(x_BCHW)))
         u = F.relu6(self.bn2(self.depthwise(u)))
-        if self.training and self.fold:
-            return folded_sum(self.shortcut(x_BCHW), u, self.project, self.bn3, keep_BG)
         return gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.project, self.bn3, keep_BG)
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
@@ -221,10 +220,18 @@ class PathInverted(Unit):
                 nn.init.zeros_(cast(Tensor, value))
 
 
+def pointwise(x_BCHW: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution as a matrix product of pixels and channels: the same, and on small maps trained faster."""
+    return F.linear(x_BCHW.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 def gated_sum(
     out_BCHW: Tensor, parts: Sequence[Tensor], convs: nn.ModuleList, norms: nn.ModuleList, keep_BG: Tensor | None
 ) -> Tensor:
-    """out + sum over sub-blocks of gate * BatchNorm(conv(part)), equation (4). keep_BG None: all gates open."""
+    """out + sum over sub-blocks of gate * BatchNorm(conv(part)), equation (4). keep_BG None: all gates open.
+
+    Convolutions run apart: of the exact forms for a last 3x3 it is the fastest or ties (`docs/dmnn_training.md`).
+    """
     for g, (part, conv, norm) in enumerate(zip(parts, convs, norms, strict=True)):
         y = norm(conv(part))
         gate = None if keep_BG is None else keep_BG[:, g, None, None, None].to(y.dtype)

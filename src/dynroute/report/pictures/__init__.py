@@ -1,0 +1,88 @@
+"""All pictures of a comparison, each as PNG, SVG and the CSV of its numbers. No torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynroute.report.pictures.style import MOST_PANELS, STYLE, Picture
+from dynroute.report.read import LeftOut, Row
+from dynroute.report.routed import Routed, one_run_each
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["NAMES", "Picture", "write_all"]
+
+NAMES = (
+    "accuracy_flops",
+    "accuracy_latency",
+    "flops_histogram",
+    "cost_by_class",
+    "execution_rates",
+    "image_grid",
+    "route_diagrams",
+    "training_curves",
+)
+MIDDLE = 0.5  # pictures of one target show the one whose share is nearest to this
+
+
+def write_all(
+    table: pd.DataFrame, rows: Sequence[Row], routed: Sequence[Routed], left_out: list[LeftOut], out: Path
+) -> list[Picture]:
+    """Draw what there is data for. Accuracy of all runs; the rest of the first six with routes, or with a train.csv.
+
+    table: the main table; rows: as read; routed: as `routed.load` gives them. Files that cannot be read go to left_out.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        return [picture for picture in _all(table, rows, routed, left_out, out) if picture]
+
+
+def _all(
+    table: pd.DataFrame, rows: Sequence[Row], routed: Sequence[Routed], left_out: list[LeftOut], out: Path
+) -> list[Picture | None]:
+    from dynroute.report.pictures import accuracy, costs, images, routes, training
+
+    runs = [list(part) for _, part in itertools.groupby(routed, key=lambda each: each.row["routes_file"])]
+    varied = [run for run in runs if any(each.varied for each in run)]
+    one = [_middle(run) for run in varied]
+    heat = [each for each in one if routes.drawable_rates(each)]
+    stored = [(each, found) for each in one if len(found := images.listed(each, left_out))]
+    curves = [found for name, folder in _folders(rows) if len(found := training.read_curves(name, folder, left_out))]
+    return [
+        accuracy.accuracy_flops(table, out),
+        accuracy.accuracy_latency(rows, out),
+        _limited(costs.flops_histogram, runs, out),
+        _limited(costs.cost_by_class, one, out),
+        _limited(routes.execution_rates, heat, out),
+        _limited(images.image_grid, stored, out),
+        _limited(routes.route_diagrams, one, out),
+        _limited(training.training_curves, curves, out),
+    ]
+
+
+def _middle(run: list[Routed]) -> Routed:
+    """The setting whose share is nearest to the middle, of those whose images do not all take one route."""
+    return min((each for each in run if each.varied), key=lambda each: abs(each.row["macs_share"] - MIDDLE))
+
+
+def _folders(rows: Sequence[Row]) -> list[tuple[str, Path]]:
+    """Name and folder of each configuration's first run."""
+    frame = one_run_each(rows)
+    frame = frame[frame["folder"] != ""].drop_duplicates("folder")
+    named = frame["label"] + ": " + frame["dataset"] + ", " + frame["backbone"]
+    return [(str(name), Path(folder)) for name, folder in zip(named, frame["folder"], strict=True)]
+
+
+def _limited(draw: Callable[[Any, Path], Picture], runs: Sequence[Any], out: Path) -> Picture | None:
+    """The picture of the first few runs; its caption says how many it leaves out. None of no runs."""
+    if not runs:
+        return None
+    picture = draw(runs[:MOST_PANELS], out)
+    rest = len(runs) - MOST_PANELS
+    more = f" {rest} more {'runs are' if rest > 1 else 'run is'} not drawn." if rest > 0 else ""
+    return picture._replace(caption=picture.caption + more)

@@ -1,0 +1,192 @@
+"""Routed rows beside their controls at equal multiply-adds and at equal time, against arithmetic by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynroute.records import EvalRow, write_rows
+from dynroute.report import Comparison, compare
+from dynroute.report.controls import Point, frontier, neighbours
+from dynroute.report.tables import cells, control_cells
+from test_report import STATIC, row, save
+
+
+def net(method: str, share: float, top1: float, **changes: Any) -> EvalRow:
+    name = f"{method}{share}"
+    return row(share, top1, **{"run": name, "config_hash": name, "method": method, **changes})
+
+
+def lines(made: Comparison, **wanted: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = made.controls.to_dict("records")  # type: ignore[assignment]
+    return [line for line in found if all(line[k] == v for k, v in wanted.items())]
+
+
+def test_only_what_no_cheaper_net_matches_is_a_control() -> None:
+    points = [
+        Point(cost, top1, {})
+        for cost, top1 in ((0.6, 0.8), (0.2, 0.7), (0.2, 0.6), (0.4, 0.65), (0.5, 0.8), (0.9, 0.9))
+    ]
+    assert [(p.cost, p.top1) for p in frontier(points)] == [(0.2, 0.7), (0.5, 0.8), (0.9, 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("cost", "weights", "relation"),
+    [
+        (0.1, {0: 1.0}, "dearer"),
+        (0.19, {0: 1.0}, "equal"),
+        (0.2, {0: 1.0}, "equal"),
+        (0.3, {0: 0.75, 1: 0.25}, "equal"),
+        (0.61, {1: 1.0}, "equal"),
+        (0.7, {1: 1.0}, "equal"),  # dearer nets there are, but none is better
+        (0.73, {1: 1.0}, "cheaper"),
+    ],
+)
+def test_a_cost_stands_between_its_neighbours(cost: float, weights: dict[int, float], relation: str) -> None:
+    near = neighbours(cost, [0.2, 0.6], tolerance=0.02, dearest=0.7)
+    assert (near.weights, near.relation) == (pytest.approx(weights), relation)
+
+
+def test_each_kind_of_static_net_is_a_control_of_its_own(tmp_path: Path) -> None:
+    kinds = [net(m, s, t) for m, t in (("prune_l1", 0.86), ("slimmable", 0.84), ("cascade", 0.95)) for s in (0.4, 0.6)]
+    kinds.append(net("random", 0.51, 0.7))
+    kinds.append(net("static", 1.0, 0.88, backbone="resnext20_2x8d", macs_mean=42e6))
+    kinds.append(net("static", 1.0, 0.1, backbone="vgg16", run="vgg"))
+    made = compare(save(tmp_path / "r", *STATIC, net("dmnn", 0.5, 0.9), *kinds), tmp_path / "out")
+    found = {x["control"]: (x["control_top1"], x["relation"], x["beaten"]) for x in lines(made, method="dmnn")}
+    assert found == {
+        "static, narrower": (pytest.approx(0.85), "equal", True),
+        "pruned, l1": (pytest.approx(0.86), "equal", True),
+        "slimmable": (pytest.approx(0.84), "equal", True),
+        "cascade": (pytest.approx(0.95), "equal", False),
+        "random router": (pytest.approx(0.7), "equal", True),
+        "ResNeXt": (pytest.approx(0.88), "dearer", True),  # 42 M against 20 M, and no better
+    }
+    assert {x["control"] for x in lines(made, method="prune_l1")} == {"static, narrower"}
+    assert lines(made, method="static") == []
+    assert {x["control"] for x in lines(made, method="cascade")} >= {"static, narrower", "pruned, l1", "slimmable"}
+
+
+def test_beyond_the_ends_only_what_is_certain_is_said(tmp_path: Path) -> None:
+    rows = [net("dmnn", 0.1, 0.79), net("rnr", 0.1, 0.85), net("rnp", 0.9, 0.89), net("aig", 0.9, 0.95)]
+    made = compare(save(tmp_path / "r", *STATIC, *rows), tmp_path / "out")
+    found = {x["method"]: (x["relation"], x["beaten"], x["control_cost"]) for x in lines(made)}
+    assert found == {"rnr": ("dearer", True, 0.25), "rnp": ("cheaper", False, 0.75)}
+    shown = {x["method"]: x["control's cost"] for x in control_cells(made.controls)}
+    assert shown == {"rnr": "25.0 %, dearer", "rnp": "75.0 %, cheaper"}
+    assert made.table["vs_static"].isna().all()  # the main table has equal costs alone
+
+
+CLOCK: dict[str, Any] = {"batch": 1, "threads": 1, "device": "cpu", "dtype": "fp32", "machine": "box"}
+
+
+def time(folder: Path, *rows: dict[str, Any]) -> None:
+    """A bench.csv of the columns that matter here."""
+    empty = {"flops_target": "", "rate": "", "macs_share": 1.0, "images_per_s": 1.0, "speedup": "", "ideal_share": ""}
+    write_rows(folder / "bench.csv", [{**empty, **CLOCK, **each} for each in rows])
+
+
+def timed(tmp_path: Path) -> list[Path]:
+    """A routed run of 0.5 of the multiply-adds that takes as long as a static net of 0.75 of them."""
+    paths = save(tmp_path / "r", *STATIC, net("dmnn", 0.5, 0.88, flops_target=0.5))
+    time(
+        tmp_path / "r" / "st0.25",
+        {"mode": "skipping", "latency_ms_p50": 1.0},
+        {"mode": "masked", "latency_ms_p50": 5.0},
+    )
+    dense = {"mode": "dense", "latency_ms_p50": 0.1}  # of the full net, which this run is not
+    time(tmp_path / "r" / "st0.75", {"mode": "skipping", "latency_ms_p50": 3.0}, dense)
+    own = {"mode": "skipping", "flops_target": 0.5}
+    time(
+        tmp_path / "r" / "dmnn0.5",
+        {**own, "latency_ms_p50": 3.0, "speedup": 1.5},
+        {**own, "batch": 64, "latency_ms_p50": 0.5},  # the static nets were not timed so
+        {"mode": "skipping", "rate": 0.5, "latency_ms_p50": 0.01},  # routes that no router chose
+        {"mode": "all_on", "latency_ms_p50": 0.01},
+    )
+    return paths
+
+
+def test_a_row_stands_at_equal_milliseconds_too(tmp_path: Path) -> None:
+    made = compare(timed(tmp_path), tmp_path / "out")
+    flops, ms = lines(made)
+    assert (flops["basis"], flops["difference"], flops["beaten"]) == ("FLOPs", pytest.approx(3), True)
+    assert ms["basis"] == "ms, batch 1, 1 thread, cpu, fp32, box"
+    assert (ms["cost"], ms["control_top1"], ms["relation"]) == (3.0, pytest.approx(0.9), "equal")
+    assert (ms["difference"], ms["beaten"]) == (pytest.approx(-2), False)
+    (shown,) = [x for x in control_cells(made.controls) if x["cost"] == "3 ms"]
+    assert (shown["verdict"], shown["control's cost"]) == ("not beaten", "3 ms")
+    (main,) = [x for x in cells(made.table) if x["method"] == "dmnn"]
+    assert (main["latency ms"], main["speed-up"]) == ("3.00", "1.50x")
+    assert "milliseconds per image" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("change", [{"machine": "other"}, {"threads": 2}, {"dtype": "bf16"}, {"batch": 8}], ids=str)
+def test_times_of_other_clocks_are_not_compared(tmp_path: Path, change: dict[str, Any]) -> None:
+    paths = timed(tmp_path)
+    time(tmp_path / "r" / "dmnn0.5", {"mode": "skipping", "flops_target": 0.5, "latency_ms_p50": 3.0, **change})
+    assert [x["basis"] for x in lines(compare(paths, tmp_path / "out"))] == ["FLOPs"]
+
+
+def test_a_full_static_net_is_the_dense_net(tmp_path: Path) -> None:
+    paths = save(tmp_path / "r", net("static", 1.0, 0.9), net("dmnn", 0.5, 0.88))
+    time(
+        tmp_path / "r" / "static1.0",
+        *({"mode": m, "latency_ms_p50": t} for m, t in (("skipping", 4.0), ("dense_best", 2.0))),
+    )
+    time(
+        tmp_path / "r" / "dmnn0.5",
+        {"mode": "skipping", "latency_ms_p50": 3.0},
+        {"mode": "dense_best", "latency_ms_p50": 1.0},
+    )
+    (line,) = lines(compare(paths, tmp_path / "out"))
+    assert (line["cost"], line["control_cost"], line["relation"], line["beaten"]) == (3.0, 2.0, "cheaper", False)
+
+
+def test_the_time_that_eval_left_counts(tmp_path: Path) -> None:
+    clock = {"latency_batch": 1, "latency_threads": 1, "latency_device": "cpu", "machine": "box"}
+    rows = [net("static", s, t, latency_ms_p50=ms, **clock) for s, t, ms in ((0.25, 0.8, 1.0), (0.75, 0.9, 2.0))]
+    made = compare(save(tmp_path / "r", *rows, net("dmnn", 0.5, 0.88, latency_ms_p50=1.5, **clock)), tmp_path / "out")
+    (ms,) = [x for x in lines(made) if x["basis"] != "FLOPs"]
+    assert (ms["control_top1"], ms["beaten"]) == (pytest.approx(0.85), True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("mode,batch\nskip", "half-written"),
+        ("a,b\n1,2\n", "lacks the columns mode"),
+        ("", "half-written"),
+    ],
+)
+def test_a_broken_bench_file_is_named_and_the_rest_is_shown(tmp_path: Path, content: str, said: str) -> None:
+    paths = timed(tmp_path)
+    (tmp_path / "r" / "dmnn0.5" / "bench.csv").write_text(content)
+    made = compare(paths, tmp_path / "out")
+    assert len(made.table) == 3 and [x["basis"] for x in lines(made)] == ["FLOPs"]
+    (missing,) = made.left_out
+    assert missing.path.name == "bench.csv" and said in missing.reason and missing.reason.endswith("(no times)")
+    assert said in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_number_that_is_none_is_named(tmp_path: Path) -> None:
+    paths = timed(tmp_path)
+    for cell, said in (("soon", "could not convert"), ("", "without batch, threads or latency_ms_p50")):
+        time(tmp_path / "r" / "dmnn0.5", {"mode": "skipping", "flops_target": 0.5, "latency_ms_p50": cell})
+        (missing,) = compare(paths, tmp_path / "out").left_out
+        assert said in missing.reason
+
+
+def test_seeds_are_timed_together_or_not_at_all(tmp_path: Path) -> None:
+    seeds = [row(0.5, 0.88, run=f"d-s{i}", seed=i, flops_target=0.5) for i in range(3)]
+    paths = save(tmp_path / "r", *STATIC, *seeds)
+    for name in ("st0.25", "st0.75"):
+        time(tmp_path / "r" / name, {"mode": "skipping", "latency_ms_p50": 10 * float(name[2:])})
+    for i in range(3):
+        time(tmp_path / "r" / f"d-s{i}", {"mode": "skipping", "flops_target": 0.5, "latency_ms_p50": 4.0 + i})
+    (ms,) = [x for x in lines(compare(paths, tmp_path / "out")) if x["basis"] != "FLOPs"]
+    assert (ms["cost"], ms["control_top1"], ms["n_seeds"]) == (pytest.approx(5), pytest.approx(0.85), 3)
+    (tmp_path / "r" / "d-s2" / "bench.csv").unlink()
+    assert [x["basis"] for x in lines(compare(paths, tmp_path / "out"))] == ["FLOPs"]
