@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dynroute.net import RoutedNet
-from dynroute.routers.base import reordered
 from dynroute.skipping import FastNet, cache, kernels, packed_works
 from dynroute.skipping.cache import Key, Programs
 from dynroute.skipping.kernels import Conv
