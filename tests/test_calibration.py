@@ -55,7 +55,7 @@ def test_the_trained_point_wins_among_prices_of_one_share() -> None:
 
 def test_prices_against_the_order_are_left_out() -> None:
     rows = [*STEPS, (-0.2, 0.2), (0.2, 0.9)]  # cheaper than its dearer neighbours, and dearer than its cheaper ones
-    assert [point.price for point in calibration(rows).chain()] == [0.5, 0.0, -0.5, -9.0]
+    assert [point.price for point in calibration(rows).chain()] == [9.0, 0.5, 0.0, -0.5, -9.0]
 
 
 @settings(deadline=None, max_examples=200)

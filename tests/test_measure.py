@@ -77,6 +77,14 @@ def test_a_lumpy_dial_is_met_by_a_mix_of_the_two_nearest_steps() -> None:
     assert finder.find(0.451).setting == Setting(0.0)  # a step meets it
 
 
+def test_a_step_narrow_beside_its_neighbours_is_found() -> None:
+    """Bisection goes on from the end of a plateau, not from its price nearest zero."""
+    steps = lambda p: 1.0 if p < 0.3 else 0.7 if p < 0.35 else 0.4  # noqa: E731
+    finder, _ = dial(steps, (-1.0, 1.0))
+    fit = finder.find(0.7)
+    assert fit.setting.part == 0.0 and fit.share == 0.7
+
+
 def test_a_dial_that_is_not_monotone_still_meets_its_targets() -> None:
     wavy = lambda p: smooth(p) + 0.1 * math.sin(8 * p) * math.exp(-(p**2))  # noqa: E731
     finder, asked = dial(wavy)

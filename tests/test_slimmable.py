@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import TINY
+from dynroute.assembly import restore
 from dynroute.cli import main
 from dynroute.contracts import Advice, Batch, InputError, Output, Trace
 from dynroute.net import RoutedNet
@@ -158,9 +159,12 @@ def test_one_run_stands_for_every_width(training: str, tmp_path: Path) -> None:
     words += [] if training == "dealt" else ["router.distil=true"]
     run = tmp_path / "run"
     assert main(["train", *words, "--out", str(run)]) == 0
-    asked = [word for share in (0.3, 0.53, 0.77, 1.0) for word in ("--flops-target", str(share))]
+    net, asked = restore(run / "last.pt")[0].eval(), []
+    for width in (0.25, 0.5, 0.75, 1.0):
+        net.router.price = 1 - width
+        asked += ["--flops-target", f"{float(net(torch.zeros(1, 3, 16, 16)).macs_B) / net.cost.dense:.4f}"]
     assert main(["eval", str(run), *asked]) == 0
     rows = read_eval(run / "eval.csv")
-    assert [row["routes"] for row in rows] == [1] * 4
+    assert [row["routes"] for row in rows] == [1] * 4  # between two widths the images would be given to both
     shares = [row["macs_share"] for row in rows]
     assert shares == sorted(set(shares)) and shares[-1] == 1.0

@@ -57,21 +57,12 @@ class Calibration:
         self.points[price] = Point(price, share, spread)
 
     def chain(self) -> list[Point]:
-        """The longest sequence of points along which a cheaper share has a higher price, cheapest first.
-
-        Of prices with one share, the nearest to zero.
-        """
-        dearest_first = sorted(self.points.values())
-        best: list[list[Point]] = []  # the longest chain that ends in each point
-        for point in dearest_first:
+        """The longest sequence of points along which the share never falls as the price falls, cheapest first."""
+        best: list[list[Point]] = []  # the longest chain that ends in each point, dearest first
+        for point in sorted(self.points.values()):
             before = [chain for chain in best if chain[-1].share >= point.share]
             best.append([*max(before, key=_length, default=[]), point])
-        kept: dict[float, Point] = {}
-        for point in max(best, key=_length, default=[]):
-            share = round(point.share, 9)
-            if share not in kept or abs(point.price) < abs(kept[share].price):
-                kept[share] = point
-        return sorted(kept.values(), key=lambda point: point.share)
+        return max(best, key=_length, default=[])[::-1]
 
     def span(self) -> tuple[float, float]:
         """The lowest and the highest share that the chain reaches."""
@@ -79,7 +70,7 @@ class Calibration:
         return chain[0].share, chain[-1].share
 
     def fit(self, target: float) -> Fit:
-        """The setting for a target; out of reach, that of the nearest end."""
+        """The setting for a target; out of reach, that of the nearest end. Of prices with one share, the nearest to zero."""
         chain = self.chain()
         near = min(chain, key=lambda point: (abs(point.share - target), abs(point.price)))
         place = bisect.bisect([point.share for point in chain], target)
