@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dynroute.net import RoutedNet
-from dynroute.skipping import FastNet, cache, kernels, packed_works
+from dynroute.skipping import FastNet, cache, chain, kernels, packed_works
+from dynroute.skipping import unit as unit_room
 from dynroute.skipping.cache import Key, Programs
 from dynroute.skipping.kernels import Conv
 from dynroute.skipping.lowering import straight
@@ -248,3 +249,21 @@ def test_folding_leaves_no_batch_norm_after_a_convolution(bias: bool, affine: bo
     program = straight(layers, packed=False)
     assert [type(step) for step in program.steps] == [Conv, nn.BatchNorm2d]
     assert torch.allclose(program(x), layers(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [2.6, 50.0])
+@pytest.mark.parametrize(("rate", "call"), [(1e30, 10.0), (1.0, 0.0), (chain.RATE, chain.CALL)])
+@pytest.mark.parametrize("name", ["conv4", "conv4_bn"])
+def test_every_way_through_a_chain_gives_the_same(
+    name: str, rate: float, call: float, memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work that costs nothing makes layers join all images at their widest; calls that cost nothing keep them apart."""
+    monkeypatch.setattr(chain, "RATE", rate)
+    for module in (chain, unit_room):
+        monkeypatch.setattr(module, "CALL", call)
+    net, x = make_net("rnp", "channels", name=name, parts=4), pictures(16)
+    keep = random_routes(net.backbone.specs, 16)
+    fast, wanted = FastNet(net, memory), net(x, keep)
+    for _ in range(2):
+        assert close(fast(x, keep).logits_BK, wanted.logits_BK)
+    assert close(fast(x).logits_BK, net(x).logits_BK)

@@ -249,7 +249,7 @@ class QRouter(Router):
         """Best action, or a random one with probability epsilon in training.
 
         Notes: q_BA, slow_BA (with a slow copy), action_B, greedy_B (the best action), reward_B (its part for the cost),
-        asked_B (the budget or charge).
+        asked_B (the budget or charge). In inference mode there are none: they would cost as much as the decision.
         """
         pooled_BC = self.norms[u](x_BCHW.detach().float().mean((2, 3)))  # the TD loss must not teach the CNN
         if self.conditioned:
@@ -257,8 +257,13 @@ class QRouter(Router):
         q_BA, hidden = self.agent(u, pooled_BC, state.hidden[0])
         if self.conditioned:  # what an action costs here and now is known and need not be learned for every charge
             q_BA = q_BA - state.charge_B[:, None] * self.get_buffer(f"cost_{u}")
-        score_BA = q_BA if self.training else q_BA - self._asked()[1] * self.get_buffer(f"share_{u}")
+        price = 0.0 if self.training else self._asked()[1]
+        score_BA = q_BA - price * self.get_buffer(f"share_{u}") if price else q_BA
         greedy_B = action_B = score_BA.argmax(1)
+        keep_AG, share_A = self.get_buffer(f"keep_{u}"), self.get_buffer(f"share_{u}")
+        if torch.is_inference_mode_enabled():
+            ran_B = share_A[action_B] if self.conditioned else state.ran_B
+            return Decision(keep_AG[action_B], {}), state._replace(hidden=(hidden,), ran_B=ran_B)
         if self.training:
             explore_B = torch.rand(len(q_BA), device=q_BA.device) < self.epsilon
             action_B = torch.where(explore_B, torch.randint_like(action_B, q_BA.shape[1]), action_B)
@@ -276,8 +281,7 @@ class QRouter(Router):
                 if self.conditioned:
                     slow_BA = slow_BA - state.charge_B[:, None] * self.get_buffer(f"cost_{u}")
             notes["slow"], after = self._padded(slow_BA), (hidden, slow_hidden)
-        ran_B = self.get_buffer(f"share_{u}")[action_B]
-        return Decision(self.get_buffer(f"keep_{u}")[action_B], notes), state._replace(hidden=after, ran_B=ran_B)
+        return Decision(keep_AG[action_B], notes), state._replace(hidden=after, ran_B=share_A[action_B])
 
     def macs(self) -> float:
         """Encoders, cell (once per unit) and decoders."""

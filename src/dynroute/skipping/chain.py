@@ -11,33 +11,38 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynroute.skipping.cache import Key, Programs
-from dynroute.skipping.lowering import Narrowed
-from dynroute.skipping.unit import copying_pays, gathered, runs_of
+from dynroute.skipping.lowering import Narrowed, widened
+from dynroute.skipping.unit import CALL, COPY, READ, copying_pays, gathered, runs_of
+from dynroute.units import ConvUnit
+
+RATE = 4.5e10  # multiply-adds a second of a large convolution on one core (measured, 8 floats at a time; ours)
 
 
 class Slab(NamedTuple):
-    """Images of the minibatch by number, and their map of kept channels (N, c, H, W), all of one width."""
+    """Images of the minibatch by number, and their maps (N, c, H, W) of the channels that the pattern `above` keeps, or more
+    than an image keeps, zeros then. above None: the input of the first layer."""
 
     images: list[int]
     x_NCHW: Tensor
+    above: tuple[bool, ...] | None
 
 
 class FastLayer:
-    """The programs of one layer of a chain. weights: bytes of its convolution in the mean. pool: after its ReLU."""
+    """The programs of one layer of a chain."""
 
-    def __init__(self, programs: Programs, weights: float, pool: nn.Module | None) -> None:
-        self.programs, self.weights, self.pool = programs, weights, pool
+    def __init__(self, programs: Programs, unit: ConvUnit) -> None:
+        self.programs, self.unit = programs, unit
 
     def __call__(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> list[Slab]:
         """The layer's slabs. keys: the pattern of each image of the minibatch, by number."""
-        out = []
-        for slab in self._joined(slabs, keys):
-            for part, key in self._split(slab, keys):
-                programs = self.programs.of(key)
-                out.append(Slab(part.images, self._run(part.x_NCHW, programs)))  # type: ignore[arg-type]
+        slabs, out = self._joined(slabs, keys), []
+        for slab in self._widest(slabs, keys):
+            for images, x_NCHW in self._split(slab, keys):
+                key = keys[images[0]]._replace(above=slab.above)
+                out.append(Slab(images, self._run(x_NCHW, self.programs.of(key)), key.own))  # type: ignore[arg-type]
         return out
 
     def _run(self, x_NCHW: Tensor, programs: Sequence[Narrowed]) -> Tensor:
@@ -53,34 +58,70 @@ class FastLayer:
                 program.body.steps[0].add_to(out_NCHW, read, relu=False)  # type: ignore[attr-defined]
         assert out_NCHW is not None
         out_NCHW = out_NCHW.relu_()
-        return out_NCHW if self.pool is None else self.pool(out_NCHW)
+        return out_NCHW if self.unit.pool is None else self.unit.pool(out_NCHW)
 
     def _joined(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> list[Slab]:
         """Slabs of one width made one, where that saves enough calls."""
         by_width: dict[tuple[bool, ...] | None, list[Slab]] = {}
         for slab in slabs:
-            by_width.setdefault(keys[slab.images[0]].above, []).append(slab)
+            by_width.setdefault(slab.above, []).append(slab)
         out: list[Slab] = []
-        for same in by_width.values():
+        for above, same in by_width.items():
             images = [image for slab in same for image in slab.images]
-            saved = sum(len({keys[i] for i in slab.images}) for slab in same) - len({keys[i] for i in images})
+            saved = sum(len(own_of(slab.images, keys)) for slab in same) - len(own_of(images, keys))
             moved = sum(slab.x_NCHW.nbytes for slab in same)
-            if saved and copying_pays(saved, self.weights, moved):
-                out.append(Slab(images, torch.cat([slab.x_NCHW for slab in same])))
+            if saved and copying_pays(saved, self._bytes(None, above) / 2, moved):
+                out.append(Slab(images, torch.cat([slab.x_NCHW for slab in same]), above))
             else:
                 out.extend(same)
         return out
 
-    def _split(self, slab: Slab, keys: Sequence[Key]) -> list[tuple[Slab, Key]]:
+    def _widest(self, slabs: list[Slab], keys: Sequence[Key]) -> list[Slab]:
+        """All images in one slab of the widest of their widths, where reading fewer weights is worth the multiply-adds.
+
+        So it is on small maps, whose convolutions take as long as their weights take to arrive.
+        """
+        if len(slabs) < 2 or slabs[0].above is None:
+            return slabs
+        wide = max((slab.above for slab in slabs if slab.above is not None), key=sum)
+        pixels = slabs[0].x_NCHW.shape[2] * slabs[0].x_NCHW.shape[3]
+
+        def seconds(images: list[int], above: tuple[bool, ...] | None, moved: int) -> float:
+            owns = [keys[image].own for image in images]
+            work = sum(self._bytes(own, above) for own in owns) * pixels / 4 / RATE
+            return work + sum(CALL + self._bytes(own, above) / READ for own in set(owns)) + 2 * moved / COPY
+
+        images = [image for slab in slabs for image in slab.images]
+        moved = sum(slab.x_NCHW.nbytes for slab in slabs)
+        apart = sum(seconds(slab.images, slab.above, 0) for slab in slabs)
+        if apart <= seconds(images, wide, 2 * moved):
+            return slabs
+        channels = sum(size for size, kept in zip(self.unit.sizes_in, wide, strict=True) if kept)
+        padded = [widened(slab.x_NCHW, channels - slab.x_NCHW.shape[1]) for slab in slabs]
+        return [Slab(images, torch.cat(padded), wide)]
+
+    def _split(self, slab: Slab, keys: Sequence[Key]) -> list[tuple[list[int], Tensor]]:
         """The slab by what its images keep."""
-        own = [keys[image] for image in slab.images]
+        own = [keys[image].own for image in slab.images]
         runs, different = runs_of(own), list(dict.fromkeys(own))
         if len(different) == 1:
-            return [(slab, own[0])]
-        if copying_pays(len(runs) - len(different), self.weights, slab.x_NCHW.nbytes):
-            places = [(key, [i for i, other in enumerate(own) if other == key]) for key in different]
-            return [(Slab([slab.images[i] for i in at], gathered(slab.x_NCHW, at)), key) for key, at in places]
-        return [(Slab(slab.images[r.first : r.last], slab.x_NCHW[r.first : r.last]), r.key) for r in runs]
+            return [(slab.images, slab.x_NCHW)]
+        if copying_pays(len(runs) - len(different), self._bytes(None, slab.above) / 2, slab.x_NCHW.nbytes):
+            places = [[i for i, other in enumerate(own) if other == one] for one in different]
+            return [([slab.images[i] for i in at], gathered(slab.x_NCHW, at)) for at in places]
+        return [(slab.images[r.first : r.last], slab.x_NCHW[r.first : r.last]) for r in runs]
+
+    def _bytes(self, own: tuple[bool, ...] | None, above: tuple[bool, ...] | None) -> int:
+        """Weights of the convolution from and to these channels; None: all of them."""
+        unit = self.unit
+        outputs = sum(unit.sizes) if own is None else sum(unit.sizes[: sum(own)])
+        inputs = unit.spec.in_channels if above is None else sum(unit.sizes_in[: sum(above)])
+        return 4 * 9 * inputs * outputs
+
+
+def own_of(images: Sequence[int], keys: Sequence[Key]) -> set[tuple[bool, ...]]:
+    """What these images keep, each pattern once."""
+    return {keys[image].own for image in images}
 
 
 def pooled(slabs: Sequence[Slab], images: int, channels: int) -> Tensor:

@@ -44,8 +44,7 @@ class FastNet:
         self.chain = all(isinstance(unit, ConvUnit) for unit in units)
         halves = [2.0 * sum(p.numel() for p in unit.parameters()) for unit in units]
         self.units = [FastUnit(self.programs, weights) for weights in halves]
-        pools = [unit.pool if isinstance(unit, ConvUnit) else None for unit in units]
-        self.layers = [FastLayer(self.programs, *pair) for pair in zip(halves, pools, strict=True)]
+        self.layers = [FastLayer(self.programs, unit) for unit in units if isinstance(unit, ConvUnit)]
         self.pool: ThreadPoolExecutor | None = None
         self.forms: dict[int, list[str]] = {}  # by size of the minibatch: of each unit, as measured by `warm_up`
 
@@ -132,7 +131,7 @@ class FastNet:
 
     def _chain(self, x_BCHW: Tensor, routes: Routes) -> Tensor:
         """The layers of a chain, feature maps without the channels that are not kept."""
-        images, slabs = len(x_BCHW), [Slab(list(range(len(x_BCHW))), x_BCHW)]
+        images, slabs = len(x_BCHW), [Slab(list(range(len(x_BCHW))), x_BCHW, None)]
         see = pooled if self.net.router.pooled else entire
         for u, layer in enumerate(self.layers):
             channels = self.net.backbone.specs[u].in_channels

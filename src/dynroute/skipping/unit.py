@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,10 @@ class Run(NamedTuple):
 
     first: int
     last: int
-    key: Key
+    key: Any
 
 
-def runs_of(keys: Sequence[Key]) -> list[Run]:
+def runs_of(keys: Sequence[Any]) -> list[Run]:
     """Neighbours of one pattern together."""
     found, place = [], 0
     for key, same in groupby(keys):
