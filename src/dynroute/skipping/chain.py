@@ -81,7 +81,7 @@ class FastLayer:
 
         So it is on small maps, whose convolutions take as long as their weights take to arrive.
         """
-        if len(slabs) < 2 or slabs[0].above is None:
+        if len(slabs) < 2 or slabs[0].above is None or self.unit.norm is not None:  # which is another for every width
             return slabs
         wide = max((slab.above for slab in slabs if slab.above is not None), key=sum)
         pixels = slabs[0].x_NCHW.shape[2] * slabs[0].x_NCHW.shape[3]
