@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dynroute.contracts import Setting
 from dynroute.net import RoutedNet
 from dynroute.skipping import FastNet, cache, chain, kernels, packed_works
 from dynroute.skipping import unit as unit_room
@@ -267,3 +268,14 @@ def test_every_way_through_a_chain_gives_the_same(
     for _ in range(2):
         assert close(fast(x, keep).logits_BK, wanted.logits_BK)
     assert close(fast(x).logits_BK, net(x).logits_BK)
+
+
+@pytest.mark.parametrize(("name", "unit"), [("rnr", "channels"), ("dmnn", "paths")])
+def test_threads_keep_their_prices_apart(name: str, unit: str) -> None:
+    """Two prices for one minibatch: a thread that decides at one must not be given the other's."""
+    net, x = make_net(name, unit), pictures(64)
+    net.router.setting = Setting(-50.0, 50.0, 0.5)
+    fast, wanted = FastNet(net, threads=2), net(x).trace.keep_BUG
+    assert len(wanted.flatten(1).unique(dim=0)) > 1
+    for _ in range(20):
+        assert torch.equal(fast(x).trace.keep_BUG, wanted)

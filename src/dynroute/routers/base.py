@@ -6,6 +6,7 @@ deterministic; there is no other mode. A higher price means a cheaper net, for e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 State = Any
 NOTE = "note_"  # begins the names of loss terms that are recorded, not minimised
+_HERE = threading.local()  # settings: of routers by id, where a group of images has one of its own
 MIXED = 1 << 20  # the draw that says which of two prices an image gets; no unit has this number
 
 
@@ -60,7 +62,8 @@ class Router(nn.Module):
     @property
     def price(self) -> float:
         """The price that holds for the images at hand; setting it sets it for all."""
-        return self.setting.price
+        standing: dict[int, Setting] = getattr(_HERE, "settings", {})
+        return standing.get(id(self), self.setting).price
 
     @price.setter
     def price(self, price: float) -> None:
@@ -114,12 +117,14 @@ class Router(nn.Module):
 
 @contextmanager
 def _standing(router: Router, setting: Setting) -> Iterator[None]:
-    """The dial at one group's setting."""
-    before, router.setting = router.setting, setting
+    """The dial at one group's setting, for this thread alone: others may decide for other images meanwhile."""
+    if not hasattr(_HERE, "settings"):
+        _HERE.settings = {}
+    _HERE.settings[id(router)] = setting
     try:
         yield
     finally:
-        router.setting = before
+        del _HERE.settings[id(router)]
 
 
 def _of(x_BCHW: Tensor, rows: Tensor | None) -> Tensor:
