@@ -124,7 +124,12 @@ budget: .venv/ready
 # How fast skipping is, on this machine, and the table of docs/performance.md (ONNX Runtime: pip install -e '.[export]').
 bench: .venv/ready
 	$(BIN)/python benchmarks/skipping.py
+	$(BIN)/python experiments/budget_curves.py
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/budget_comparison/budget.csv budget
+	$(BIN)/dynroute compare experiments/results/ablation --out experiments/results/ablation_comparison
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/ablation_comparison/table.md ablation
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/agreement.csv agreement
 cifar100_small: .venv/ready
 	$(call rows,cifar100/small,$(CIFAR100_SMALL),0.5 0.6 0.7)
 
@@ -148,7 +153,12 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/shapes_easy.csv easy_shapes
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/enumeration.csv enumeration
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/batchnorm.csv batchnorm
+	$(BIN)/python experiments/budget_curves.py
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/budget_comparison/budget.csv budget
+	$(BIN)/dynroute compare experiments/results/ablation --out experiments/results/ablation_comparison
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/ablation_comparison/table.md ablation
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/agreement.csv agreement
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build

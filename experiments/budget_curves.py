@@ -53,7 +53,7 @@ def points(folder: Path) -> list[Point]:
     for point in made:
         other = each.get((point["method"], point["flops_target"]))
         if point["series"] == "any" and other is not None:
-            point["any_vs_each"] = 100 * (point["top1"] - other)
+            point["any_vs_each"] = round(100 * (point["top1"] - other), 4)
     return sorted(made, key=lambda p: (p["method"], p["series"], p["macs_share"]))
 
 
@@ -71,7 +71,8 @@ def draw(made: list[Point], out: Path) -> list[Path]:
             ax.set_xlabel(SHARE_AXIS)
             ax.grid(color="0.9", linewidth=0.6)
             static = [p for p in made if p["series"] == "static"]
-            ax.plot(*_xy(static), color="black", marker="s", linestyle="--", label="a static net of each width")
+            if static:
+                ax.plot(*_xy(static), color="black", marker="s", linestyle="--", label="a static net of each width")
             for place, (series, label) in enumerate(SERIES.items()):
                 own = [p for p in made if (p["method"], p["series"]) == (method, series)]
                 line = "none" if series == "each" else "-"
