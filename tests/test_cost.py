@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dynroute.cost import CostTerms, NetCost, conv_macs
@@ -24,6 +24,7 @@ from tiny import PAIRS, make_backbone, make_net, pictures
 def test_the_cost_of_any_route_is_what_the_narrowed_net_executes(
     pair: tuple[str, str], parts: int, shortcut: str, depth: str, seed: int
 ) -> None:
+    assume(pair[0] != "slimmable" or parts == 4)  # whose widths are quarters
     net = make_net(*pair, seed=seed, parts=parts, shortcut=shortcut, name=depth)
     x = pictures(2, seed)
     own = net(x).macs_B
@@ -37,7 +38,7 @@ def test_the_cost_of_any_route_is_what_the_narrowed_net_executes(
 @pytest.mark.parametrize("name", sorted({name for name, _ in PAIRS}))
 def test_the_router_is_part_of_the_bill(name: str) -> None:
     net = make_net(name, dict(PAIRS)[name])
-    learned = name not in ("static", "random", "cascade")
+    learned = name not in ("static", "random", "cascade", "slimmable")
     assert (net.cost.router > 0) == learned
     if name != "cascade":  # all of whose parts are two nets
         assert float(net.cost(net.dense_routes(1))) == net.cost.dense + net.router.macs()
