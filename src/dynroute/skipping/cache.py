@@ -51,26 +51,26 @@ class Programs:
         return sum(size(p) for p in (*self.kept.values(), *self.pieces.values()))
 
     def of(self, key: Key) -> list[Program]:
-        """The program of a pattern, or the programs whose sum it is."""
-        found = self.kept.get(key)
-        if found is not None:
-            self.asked[key] += 1
-            self.kept.move_to_end(key)
-            return [found]
+        """The program of a pattern, or the programs whose sum it is. Several threads may ask."""
         with self.lock:
+            self.asked[key] += 1
+            if key in self.kept:
+                self.kept.move_to_end(key)
+                return [self.kept[key]]
             return self._made(key)
 
     def _made(self, key: Key) -> list[Program]:
-        self.asked[key] += 1
         if not self.in_pieces[key.unit]:
-            return [self._keep(key, self._lowered(key), least=False)]
-        program = None
+            program = self._lowered(key)
+            while self.kept and self.used + size(program) > self.limit - self.set_aside:
+                self._drop(next(iter(self.kept)))
+            return [self._keep(key, program)]
         if self.asked[key] % LOOK_AGAIN == 1:
-            if key not in self.sizes:
-                program = self._lowered(key)
-                self.sizes[key] = size(program)
+            fresh = None if key in self.sizes else self._lowered(key)
+            if fresh is not None:
+                self.sizes[key] = size(fresh)
             if self._room(key):
-                return [self._keep(key, program or self._lowered(key), least=True)]
+                return [self._keep(key, fresh or self._lowered(key))]
         return [self._piece(part) for part in self._parted(key)]
 
     def _parted(self, key: Key) -> list[Key]:
@@ -94,13 +94,10 @@ class Programs:
                 self.pieces[key] = self._lowered(key)
         return self.pieces[key]
 
-    def _keep(self, key: Key, program: Program, least: bool) -> Program:
-        """Store it. least: room has been made already."""
-        need = size(program)
-        while not least and self.kept and self.used + need > self.limit - self.set_aside:
-            self._drop(next(iter(self.kept)))
-        self.kept[key], self.sizes[key] = program, need
-        self.used += need
+    def _keep(self, key: Key, program: Program) -> Program:
+        """Store it, room being there."""
+        self.kept[key], self.sizes[key] = program, size(program)
+        self.used += self.sizes[key]
         return program
 
     def _room(self, key: Key) -> bool:

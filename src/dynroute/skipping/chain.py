@@ -70,7 +70,8 @@ class FastLayer:
             images = [image for slab in same for image in slab.images]
             saved = sum(len(own_of(slab.images, keys)) for slab in same) - len(own_of(images, keys))
             moved = sum(slab.x_NCHW.nbytes for slab in same)
-            if saved and copying_pays(saved, self._bytes(None, above) / 2, moved):
+            pays = copying_pays(saved, self._bytes(None, above) / 2, moved) or not same[0].x_NCHW.is_cpu
+            if saved and pays:
                 out.append(Slab(images, torch.cat([slab.x_NCHW for slab in same]), above))
             else:
                 out.extend(same)
@@ -106,7 +107,8 @@ class FastLayer:
         runs, different = runs_of(own), list(dict.fromkeys(own))
         if len(different) == 1:
             return [(slab.images, slab.x_NCHW)]
-        if copying_pays(len(runs) - len(different), self._bytes(None, slab.above) / 2, slab.x_NCHW.nbytes):
+        saved, weights = len(runs) - len(different), self._bytes(None, slab.above) / 2
+        if copying_pays(saved, weights, slab.x_NCHW.nbytes) or (saved and not slab.x_NCHW.is_cpu):
             places = [[i for i, other in enumerate(own) if other == one] for one in different]
             return [([slab.images[i] for i in at], gathered(slab.x_NCHW, at)) for at in places]
         return [(slab.images[r.first : r.last], slab.x_NCHW[r.first : r.last]) for r in runs]

@@ -67,7 +67,8 @@ class FastUnit:
     def order(self, keys: Sequence[Key], x_BCHW: Tensor, form: str | None) -> list[int] | None:
         """The images by pattern, where they are to be copied into that order (by form, else where it pays); else None."""
         saved = len(runs_of(keys)) - len(set(keys))
-        if saved and (form == SORTED if form else copying_pays(3 * saved, self.weights / 3, x_BCHW.nbytes)):
+        pays = copying_pays(3 * saved, self.weights / 3, x_BCHW.nbytes) or not x_BCHW.is_cpu  # where calls are dear
+        if saved and (form == SORTED if form else pays):
             return sorted(range(len(keys)), key=lambda image: keys[image].own)
         return None
 
