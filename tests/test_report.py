@@ -364,3 +364,16 @@ def test_two_hundred_runs_of_three_seeds_in_twenty_seconds(tmp_path: Path) -> No
     assert time.process_time() - start < 20
     assert len(made.table) == 360 and set(made.table["n_seeds"]) == {3}
     assert set(made.controls["interval"]) == {"paired"}
+
+
+def test_a_row_with_a_limit_on_every_image_is_told_apart_and_has_no_time_of_the_others(tmp_path: Path) -> None:
+    for limit, top1 in ((None, 0.9), (0.6, 0.8)):
+        merge_eval(tmp_path / "a" / "eval.csv", row(0.5, top1, run="a", flops_target=0.5, flops_max=limit))
+    time = {"mode": "skipping", "flops_target": "0.5", "rate": "", "batch": "1", "threads": "1", "device": "cpu"}
+    write_rows(
+        tmp_path / "a" / "bench.csv", [{**time, "latency_ms_p50": "3.5", "macs_share": "0.5", "machine": "here"}]
+    )
+    table = compare([tmp_path / "a"], tmp_path / "out").table
+    shown = dict(zip(table["label"], table["latency_ms_p50"], strict=True))
+    assert set(shown) == {"a", "a max 0.6"}
+    assert shown["a"] == 3.5 and shown["a max 0.6"] != 3.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -141,9 +142,16 @@ def labels(table: pd.DataFrame) -> list[str]:
     several = table.groupby(places)["identity"].transform("nunique") > 1
     first_run = table.groupby([*places, "identity"])["run"].transform("min").map(base_name)
     labels = first_run.where(several, table["method"])
-    owners = table.assign(label=labels).groupby([*places, "label"])["identity"].transform("nunique")
-    named = zip(labels, table["identity"], owners, strict=True)
-    return [f"{label} {owner[:6]}" if count > 1 else label for label, owner, count in named]
+    made, how = zip(*map(_told_apart, table["identity"]), strict=True) if len(table) else ((), ())
+    owners = table.assign(label=labels, made=made).groupby([*places, "label"])["made"].transform("nunique")
+    named = zip(labels, made, how, owners, strict=True)
+    return [" ".join(filter(None, [label, own[:6] if count > 1 else "", rest])) for label, own, rest, count in named]
+
+
+def _told_apart(identity: str) -> tuple[str, str]:
+    """What made a row, and how it was evaluated where that is not as usual: "max 0.6", "best"."""
+    made, limit, best = re.fullmatch(r"(.*?)(?:-max([\d.]+))?(?:-(best))?", identity, re.DOTALL).groups()  # type: ignore[union-attr]
+    return made, " ".join(filter(None, [f"max {limit}" if limit else "", best or ""]))
 
 
 def chord(part: pd.DataFrame) -> tuple[list[float], list[float]]:

@@ -60,10 +60,11 @@ def of_row(row: Mapping[str, Any], timed: Iterable[Row]) -> dict[Clock, Taken]:
     A static net at full width is the dense net, and so has its forms too. The time that `eval --latency` left in the row counts.
     """
     full = row["method"] == "static" and row["macs_share"] > FULL
+    limited = row["flops_max"] is not None  # which `bench` does not time
     found: dict[Clock, Taken] = {}
     for time in timed:
         own = time["mode"] in OWN and time["flops_target"] == row["flops_target"] and time["rate"] is None
-        if own or (full and time["mode"] in DENSE):
+        if (own and not limited) or (full and time["mode"] in DENSE):
             taken, clock = _taken(time), clock_of(time)
             found[clock] = min(found.get(clock, taken), taken)
     if row["latency_ms_p50"] is not None and row["latency_batch"] and row["latency_threads"]:
