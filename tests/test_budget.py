@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from dynroute.contracts import Batch, InputError
 from dynroute.net import RoutedNet
 from dynroute.routers import ROUTERS
 from dynroute.routers.budget import KNOTS, Range, check_budget
-from dynroute.routers.gates import SLACK, DmnnOptions, GateRouter, phases
+from dynroute.routers.gates import SLACK, DmnnOptions, GateRouter, Memory, phases
 from dynroute.testing import check_router
 from tiny import make_backbone, pictures
 
@@ -114,6 +115,38 @@ def test_the_target_reaches_the_gates() -> None:
     assert not torch.allclose(*seen)
 
 
+def test_untrained_gates_open_one_after_another_as_the_budget_grows() -> None:
+    net = gated().eval()
+    with torch.no_grad():
+        for gate in net.router.gates:  # type: ignore[union-attr]
+            gate.weight.zero_()  # type: ignore[union-attr, operator]
+    parts = sum(spec.parts for spec in net.router.specs)
+    opened = []
+    for place in range(parts + 1):
+        asked_B = torch.full((1,), place / parts)
+        told = [
+            net.router.decide(u, torch.zeros(1, spec.in_channels, 2, 2), Memory(None, asked_B, asked_B))
+            for u, spec in enumerate(net.router.specs)
+        ]
+        opened.append(torch.stack([decision.notes["logits"][0] > 0 for decision, _ in told]))
+    assert [int(keep_UG.sum()) for keep_UG in opened] == list(range(parts + 1))
+    assert all(bool((more_UG >= less_UG).all()) for less_UG, more_UG in itertools.pairwise(opened))
+    first_of_all_UG = opened[len(net.router.specs)]
+    assert bool(first_of_all_UG[:, 0].all())
+
+
+def test_the_flops_term_alone_leaves_open_which_units_spend_it() -> None:
+    net = gated(resource="flops", resource_weight=3.0)
+    out = net(pictures(64))
+    loss = next(phases(net, net.router.options)).loss(out, batch(64))["loss_resource"]  # type: ignore[arg-type]
+    told_B = out.trace.notes["told"][:, 0]
+    by_hand = 0.0
+    for group in told_B.argsort().chunk(4):
+        share = float(out.macs_B[group].detach().mean()) / net.cost.dense
+        by_hand += 3 * (share - float(told_B[group].mean())) ** 2 / 4
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+
+
 def test_the_resource_loss_holds_each_group_to_its_own_mean_target() -> None:
     net = gated(resource_weight=1.0)
     loss = next(phases(net, net.router.options)).loss  # type: ignore[arg-type]
@@ -128,7 +161,9 @@ def test_the_resource_loss_holds_each_group_to_its_own_mean_target() -> None:
 
 
 def test_targets_fall_where_the_gates_overspend_and_never_run_away() -> None:
-    net = gated()  # open at first: every budget is overspent
+    net = gated()
+    for gate in net.router.gates:  # type: ignore[union-attr]
+        gate.bias.data.view(-1, 2)[:, 1] = 9.0  # type: ignore[union-attr, operator]  # open: every budget is overspent
     phase, start = next(phases(net, net.router.options)), net.router.told_K.clone()  # type: ignore[arg-type, operator]
     assert phase.target == pytest.approx(0.6)
     out = net(pictures(64))

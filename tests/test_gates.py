@@ -277,5 +277,5 @@ def test_targets_must_fit_the_net() -> None:
         GateRouter(SPECS, DmnnOptions(targets=[0.5, 0.5]))
     with pytest.raises(InputError, match=r"router\.targets"):
         DmnnOptions(targets=[1.5])
-    with pytest.raises(InputError, match=r"router\.resource must be dmnn or aig"):
+    with pytest.raises(InputError, match=r"router\.resource must be dmnn, flops or aig"):
         DmnnOptions(resource="mean")

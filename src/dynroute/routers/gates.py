@@ -27,6 +27,7 @@ FEEDBACK = 0.05  # step of a budget's target per minibatch and per share missed 
 SLACK = 0.2  # and how far from its budget the target may move
 GROUPS = 4  # of a minibatch's images by target, each held to its own mean: 32 of 128 images (ours)
 TARGET = 0.5
+STEEP = 12.0  # log odds of a gate per share of budget: so a gate opens within about a third of the whole range (ours)
 
 
 @dataclass
@@ -53,7 +54,8 @@ class DmnnOptions:
     resource_weight: float = 2.0
     """Weight lambda of the resource loss in equation (16). Ours, as ConvNet-AIG on CIFAR."""
     resource: str = "dmnn"
-    """Resource loss: dmnn, equations (11)-(15), or aig: the mean over blocks of (share run - target)^2, no FLOPs term."""
+    """Resource loss: dmnn, equations (11)-(15); flops, the FLOPs term (14) alone, which leaves open where it is spent (ours);
+    or aig: the mean over blocks of (share run - target)^2, no FLOPs term."""
     temperature: float = 1.0
     """Temperature of the Gumbel softmax. Ours, as ConvNet-AIG."""
     open_at_start: float = 0.87
@@ -71,8 +73,8 @@ class DmnnOptions:
         check_budget(self.budget)
         if self.budget and (self.targets or self.target != TARGET):
             raise InputError("router.budget excludes router.target and router.targets: it draws targets from its range")
-        if self.resource not in ("dmnn", "aig"):
-            raise InputError(f"router.resource must be dmnn or aig, not {self.resource!r}")
+        if self.resource not in ("dmnn", "flops", "aig"):
+            raise InputError(f"router.resource must be dmnn, flops or aig, not {self.resource!r}")
         ranged("router.epochs", self.epochs, 0, 100_000)
         ranged("router.hidden", self.hidden, 1, 65_536)
         ranged("router.resource_weight", self.resource_weight, 0.0, 1e6)
@@ -132,9 +134,22 @@ class GateRouter(Router):
             nn.init.zeros_(gate.bias)
             odds = math.log(options.open_at_start / (1 - options.open_at_start))
             gate.bias.data.view(-1, 2)[:, 1] = odds
+        if self.range:
+            self._open_in_turn()
         shares = [torch.tensor(s.part_shares) for s in specs]
         for u, share_G in enumerate(shares):
             self.register_buffer(f"share_{u}", share_G, persistent=False)
+
+    def _open_in_turn(self) -> None:
+        """Log odds that rise with the target: the gates open one after another, the first part of every unit before any second.
+
+        So an untrained net already obeys, and with the noise off the share rises in small steps, not all at once. Ours.
+        """
+        parts = sum(s.parts for s in self.specs)
+        order = sorted((g, u) for u, s in enumerate(self.specs) for g in range(s.parts))
+        self.slopes = nn.ParameterList(nn.Parameter(torch.full((s.parts,), STEEP)) for s in self.specs)
+        for place, (g, u) in enumerate(order):
+            self.gates[u].bias.data.view(-1, 2)[g, 1] = -STEEP * (place + 0.5) / parts
 
     def begin(self, x_BCHW: Tensor) -> Memory:
         """Each image's budget, where there is a range of them: drawn in training, set by the dial in eval."""
@@ -160,6 +175,8 @@ class GateRouter(Router):
             h_BD = h_BD + F.relu(self.previous[str(u)](state.h_BD))
         closed_open_BG2 = self.gates[u](h_BD).float().unflatten(1, (-1, 2))
         logits_BG = closed_open_BG2[:, :, 1] - closed_open_BG2[:, :, 0]
+        if state.told_B is not None:
+            logits_BG = logits_BG + self.slopes[u] * state.told_B[:, None]
         logits_BG = logits_BG - self._asked()[1] * self.get_buffer(f"share_{u}")
         notes = {"logits": logits_BG}
         if self.training and self.category is not None:
@@ -212,6 +229,8 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
     def resource(out: Output, target: float | Tensor, targets_U: Tensor) -> Tensor:
         if options.resource == "aig":
             return rate_loss(out, parts_U, targets_U).mean()
+        if options.resource == "flops":
+            return flops_loss(out, target, net.cost.dense)
         return resource_loss(out, parts_U, target, net.cost.dense, targets_U)
 
     def asked_resource(out: Output) -> Tensor:
@@ -265,8 +284,12 @@ def resource_loss(
     F_act is the mean of the reported per-image MACs, stem, head and controllers included; F_full the dense net's.
     """
     wanted_U = torch.full((len(parts_U),), float(target)) if targets_U is None else targets_U
-    share = (out.macs_B.mean() / dense).float()
-    return rate_loss(out, parts_U, wanted_U).sum() + (share - target).square()
+    return rate_loss(out, parts_U, wanted_U).sum() + flops_loss(out, target, dense)
+
+
+def flops_loss(out: Output, target: float | Tensor, dense: float) -> Tensor:
+    """L_flops = (F_act / F_full - t)^2 of (14)."""
+    return ((out.macs_B.mean() / dense).float() - target).square()
 
 
 def category_weight(spec: UnitSpec) -> float:
