@@ -146,7 +146,8 @@ cifar100_ablation: .venv/ready
 # The tables of README.md and docs/results.md, from the CSVs.
 table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/cifar10 --out experiments/results/comparison
-	$(BIN)/python experiments/readme_table.py README.md experiments/results/comparison/table.md
+	$(BIN)/python experiments/readme_table.py README.md experiments/results/comparison/table.md results rows
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/comparison/table.md controls controls
 	$(BIN)/dynroute compare experiments/results/conv4 --out experiments/results/conv4_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/conv4_comparison/table.md
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy

@@ -1,7 +1,8 @@
-"""Put a generated table between a document's markers: readme_table.py README.md TABLE.md [MARK].
+"""Put a generated table between a document's markers: readme_table.py README.md TABLE.md [MARK [PART]].
 
 The documents' numbers are never typed: `make table` makes the tables from the result CSVs and calls this. A CSV is put as
-a table too. MARK: results (the default) or another name of a pair of markers.
+a table too. MARK: results (the default) or another name of a pair of markers. PART of what `compare` made: rows, the
+main table alone, or controls, the one beside it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import csv
 import sys
 from pathlib import Path
 
+from dynroute.report.page import CONTROLS_HEADING
 
-def main(document: Path, table: Path, mark: str = "results") -> None:
+
+def main(document: Path, table: Path, mark: str = "results", part: str = "") -> None:
     """Replace what stands between the two markers."""
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
     text = document.read_text(encoding="utf-8")
@@ -19,6 +22,9 @@ def main(document: Path, table: Path, mark: str = "results") -> None:
         sys.exit(f"{document} must hold the markers {begin} and {end} once each")
     head, rest = text.split(begin)
     made = from_csv(table) if table.suffix == ".csv" else table.read_text(encoding="utf-8").strip()
+    if part:
+        rows, _, controls = made.partition(CONTROLS_HEADING)
+        made = {"rows": rows, "controls": controls}[part].strip()
     document.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
@@ -34,6 +40,6 @@ def from_csv(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
+    if len(sys.argv) not in (3, 4, 5):
         sys.exit(__doc__)
     main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -14,6 +14,7 @@ import torch
 from dynroute.config import load_config
 from dynroute.data import known_spec
 from dynroute.records import BenchRow, read_rows
+from dynroute.report.page import CONTROLS_HEADING
 from dynroute.runs import untrained
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +127,15 @@ def test_a_csv_becomes_a_table_that_is_longer_than_wide(tmp_path: Path) -> None:
     table.main(tmp_path / "doc.md", tmp_path / "long.csv", "m")
     wanted = "x\n<!-- m: begin -->\n| a b | c |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n<!-- m: end -->\ny\n"
     assert (tmp_path / "doc.md").read_text() == wanted
+
+
+def test_the_two_tables_of_a_comparison_may_stand_apart(tmp_path: Path) -> None:
+    table = loaded(ROOT / "experiments" / "readme_table.py")
+    (tmp_path / "table.md").write_text(f"| rows |\n\n- note\n\n{CONTROLS_HEADING}\n\n| controls |\n")
+    for part, wanted in (("rows", "| rows |\n\n- note"), ("controls", "| controls |")):
+        (tmp_path / "doc.md").write_text("<!-- m: begin -->\n<!-- m: end -->\n")
+        table.main(tmp_path / "doc.md", tmp_path / "table.md", "m", part)
+        assert (tmp_path / "doc.md").read_text() == f"<!-- m: begin -->\n{wanted}\n<!-- m: end -->\n"
 
 
 def test_the_document_has_a_place_for_the_table() -> None:

@@ -28,6 +28,7 @@ NOTES = (
     "not beaten: its 95 % interval reaches zero or below.",
 )
 TIME_NOTE = "latency: milliseconds per image at the smallest batch and fewest threads that were timed, in the net's fastest form."
+CONTROLS_HEADING = "Routed rows beside their controls:"
 CONTROL_NOTES = (
     "A routed row is worth something only above a net of the same cost that does not route. at equal FLOPs: the straight line "
     "between the control's nets on both sides of the row's multiply-adds; at equal ms: of its time, each in its fastest form, "
@@ -132,7 +133,7 @@ def markdown(made: Tables, left_out: Sequence[LeftOut]) -> str:
     parts = [tables.to_markdown(made.main), "", *(f"- {note}" for note in run_notes(made))]
     if len(made.lines):
         lines = tables.markdown_table(control_cells(made.lines))
-        parts += ["", "Routed rows beside their controls:", "", lines, "", *(f"- {note}" for note in CONTROL_NOTES)]
+        parts += ["", CONTROLS_HEADING, "", lines, "", *(f"- {note}" for note in CONTROL_NOTES)]
     parts += [f"- left out: {path}: {reason}".replace("<", "&lt;") for path, reason in left_out]
     return "\n".join(parts) + "\n"
 
