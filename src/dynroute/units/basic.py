@@ -24,7 +24,8 @@ from dynroute.units.base import (
     tensors,
 )
 from dynroute.units.choice import ChoiceBasic
-from dynroute.units.paths import dealt, gated_sum, opened_channels, shared_out, summed_conv
+from dynroute.units.dealing import dealt, shared_out
+from dynroute.units.paths import gated_sum, opened_channels, summed_conv
 from dynroute.units.ranking import best_first
 
 
