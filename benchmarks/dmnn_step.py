@@ -196,15 +196,17 @@ def main() -> None:
             "bar": BARS[case.kind],
             "paths_ms": paths,
             "plain_ms": plain,
+            "clock": "thread",
+            "rounds": asked.rounds,
             "commit": commit(),
             "machine": machine(torch.device("cpu")),
             "torch": torch.__version__,
         }
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
         rows.append(row)
-    if asked.only is None:
-        RESULTS.parent.mkdir(exist_ok=True)
-        write_rows(RESULTS, rows)
+        if asked.only is None:
+            RESULTS.parent.mkdir(exist_ok=True)
+            write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

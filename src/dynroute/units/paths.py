@@ -30,7 +30,7 @@ from dynroute.units.base import (
     tensors,
 )
 from dynroute.units.dealing import copies, dealt, shared_out, taken, thinned
-from dynroute.units.fold import folded_sum
+from dynroute.units.fold import folded_sum, forked_pointwise
 from dynroute.units.ranking import best_first
 
 FITTED = {2: 0.6, 3: 0.467, 4: 0.375}  # of a bottleneck's hidden channels: give the parameters of the paper's table 1
@@ -85,12 +85,13 @@ class PathBottleneck(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
-        u = F.relu(self.bn1(pointwise(x_BCHW, self.conv1)))
+        u, x_BCHW = forked_pointwise(x_BCHW, self.conv1)
+        u = F.relu_(self.bn1(u))
         parts = zip(u.split(self.sizes, 1), self.conv2, strict=True)
-        u = F.relu(self.bn2(torch.cat([conv(part) for part, conv in parts], 1)))
+        u = F.relu_(self.bn2(torch.cat([conv(part) for part, conv in parts], 1)))
         if self.training and self.fold:
-            return F.relu(folded_sum(self.shortcut(x_BCHW), u, self.conv3, self.bn3, keep_BG))
-        return F.relu(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv3, self.bn3, keep_BG))
+            return F.relu_(folded_sum(self.shortcut(x_BCHW), u, self.conv3, self.bn3, keep_BG))
+        return F.relu_(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv3, self.bn3, keep_BG))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The open sub-blocks as one block with a grouped 3x3 convolution; each last BatchNorm folded, biases summed."""
@@ -208,8 +209,8 @@ class PathInverted(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
-        u = F.relu6(self.bn1(self.expand(x_BCHW)))
-        u = F.relu6(self.bn2(self.depthwise(u)))
+        u = F.relu6(self.bn1(self.expand(x_BCHW)), inplace=True)
+        u = F.relu6(self.bn2(self.depthwise(u)), inplace=True)
         return gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.project, self.bn3, keep_BG)
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
@@ -261,11 +262,6 @@ class PathInverted(Unit):
         if isinstance(self.shortcut, nn.Sequential):
             for value in (self.shortcut[1].weight, self.shortcut[1].bias):
                 nn.init.zeros_(cast(Tensor, value))
-
-
-def pointwise(x_BCHW: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution as a matrix product of pixels and channels: the same, and on small maps trained faster."""
-    return F.linear(x_BCHW.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 def gated_sum(
