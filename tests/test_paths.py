@@ -28,6 +28,7 @@ from dynroute.units import (
     folded_conv,
     path_share,
 )
+from dynroute.units.fold import forked_pointwise
 from tiny import make_backbone, make_router, pictures
 
 SIZE = 5
@@ -344,12 +345,15 @@ def test_sub_blocks_of_basic_blocks_are_widened_where_asked_for() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_covariance_fold_is_exact(stride: int, gated: bool, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize(("stride", "outputs"), [(1, 6), (1, 10), (2, 10)])
+def test_the_covariance_fold_is_exact(
+    stride: int, outputs: int, gated: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outputs, all gradients and running statistics as of one BatchNorm for each sub-block, in float64; a dead channel too."""
+    monkeypatch.setattr("dynroute.units.fold.PIECE", 600)  # two images at a time where the stride is 1
     results = []
     for fold in (True, False):
-        unit = bottleneck(3, stride, (6, 10)).double().train()
+        unit = bottleneck(3, stride, (6, outputs)).double().train()
         shake(unit)
         unit.fold = fold
         torch.manual_seed(1)
@@ -363,6 +367,15 @@ def test_the_covariance_fold_is_exact(stride: int, gated: bool, layout: torch.me
         results.append([y.detach(), *grads, *(b.double() for b in unit.buffers())])
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-9)
+
+
+def test_a_convolution_and_the_shortcut_share_one_gradient() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 1, bias=False).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    y, same = forked_pointwise(x, conv)
+    assert torch.equal(y, conv(x)) and torch.equal(same, x)
+    assert torch.autograd.gradcheck(lambda x, _: forked_pointwise(x, conv), (x, conv.weight))
 
 
 def test_the_covariance_fold_under_autocast_is_the_plain_form_but_for_rounding() -> None:
