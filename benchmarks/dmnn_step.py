@@ -6,8 +6,8 @@ A block: the sub-blocks with random gates against the plain block (basic blocks:
 a whole training step (forward, backward, SGD) with the controllers against the static net's. The sides of a row run in
 turn in one process on one thread, so that drift hits all; figures are ratios of medians of thread CPU time. other_over_plain:
 the form not taken, of basic blocks the last convolutions as one grouped convolution, of bottlenecks without the covariance
-fold. bar: what over_plain is wanted to stay below. Rows go into
-benchmarks/results/dmnn_step.csv as they are measured; --only measures some anew.
+fold. bar: what over_plain is wanted to stay below. Rows go into benchmarks/results/dmnn_step.csv as they are measured, each in
+the place of an earlier one of its case.
 """
 
 from __future__ import annotations
