@@ -203,11 +203,11 @@ def main() -> None:
         paths, plain, *rest = times(made, asked.rounds)
         row = {
             **case._asdict(),
-            "over_plain": paths / plain,
-            "other_over_plain": rest[0] / plain if rest else None,
+            "over_plain": round(paths / plain, 3),
+            "other_over_plain": round(rest[0] / plain, 3) if rest else None,
             "bar": BARS[case.kind],
-            "paths_ms": paths,
-            "plain_ms": plain,
+            "paths_ms": round(paths, 1),
+            "plain_ms": round(plain, 1),
             "clock": "thread",
             "rounds": asked.rounds,
             "commit": commit(),
