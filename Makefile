@@ -3,7 +3,7 @@
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
 # make budget  one net for any budget against a net for each
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
-# make bench   how fast skipping is on this machine
+# make bench   how fast skipping and training are on this machine
 # make pruned  filter pruning beside them (Torch-Pruning)   make shapes  is cost spent by difficulty?
 # make cifar100_small     DMNN and its controls, ResNet-20 on CIFAR-100: 12 rows of 35 to 50 minutes on one core
 # make cifar100_resnet50  DMNN's CIFAR-100 table (a GPU)      make cifar100_ablation  its table 4 there (a GPU)
@@ -119,17 +119,16 @@ budget: .venv/ready
 	$(call rows,budget,$(BUDGET),0.3 0.4 0.5 0.6 0.7 0.8 0.9)
 	$(BIN)/python experiments/budget_curves.py
 
-# The tables of README.md and docs/results.md, from the CSVs.
-# How fast skipping is, on this machine: the table of docs/performance.md.
-# How fast skipping is, on this machine, and the table of docs/performance.md (ONNX Runtime: pip install -e '.[export]').
+# How fast skipping and training are on this machine, and the tables of docs/performance.md and docs/dmnn_training.md (ONNX
+# Runtime: pip install -e '.[export]').
 bench: .venv/ready
 	$(BIN)/python benchmarks/skipping.py
-	$(BIN)/python experiments/budget_curves.py
-	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/budget_comparison/budget.csv budget
-	$(BIN)/dynroute compare experiments/results/ablation --out experiments/results/ablation_comparison
-	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/ablation_comparison/table.md ablation
+	$(BIN)/python benchmarks/dmnn_step.py
+	$(BIN)/python benchmarks/agent_step.py
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/agreement.csv agreement
+	$(BIN)/python experiments/readme_table.py docs/dmnn_training.md benchmarks/results/dmnn_step.csv dmnn_step
+
 cifar100_small: .venv/ready
 	$(call rows,cifar100/small,$(CIFAR100_SMALL),0.5 0.6 0.7)
 
@@ -160,6 +159,7 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/ablation_comparison/table.md ablation
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/agreement.csv agreement
+	$(BIN)/python experiments/readme_table.py docs/dmnn_training.md benchmarks/results/dmnn_step.csv dmnn_step
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build

@@ -6,7 +6,8 @@ A block: the sub-blocks with random gates against the plain block (basic blocks:
 a whole training step (forward, backward, SGD) with the controllers against the static net's. The sides of a row run in
 turn in one process on one thread, so that drift hits all; figures are ratios of medians of thread CPU time. other_over_plain:
 the form not taken, of basic blocks the last convolutions as one grouped convolution, of bottlenecks without the covariance
-fold. bar: what over_plain is wanted to stay below. Writes benchmarks/results/dmnn_step.csv.
+fold. bar: what over_plain is wanted to stay below. Rows go into benchmarks/results/dmnn_step.csv as they are measured, each in
+the place of an earlier one of its case.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from dynroute.config import load_config
 from dynroute.contracts import Batch
 from dynroute.data import Dataset, Split, known_spec
 from dynroute.fit import _Part, set_modes
-from dynroute.records import write_rows
+from dynroute.records import read_rows, write_rows
 from dynroute.runs import commit, machine
 from dynroute.units import (
     GroupedBasic,
@@ -175,6 +176,18 @@ def times(steps: list[Callable[[], None]], rounds: int) -> list[float]:
     return [1e3 * statistics.median(mine) for mine in taken]
 
 
+def keep(row: dict[str, Any]) -> None:
+    """Put a row into the CSV, in the place of an earlier one of the same case."""
+    rows: dict[Any, Any] = {_name(old): old for old in read_rows(RESULTS)} if RESULTS.exists() else {}
+    rows[_name(row)] = row
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_rows(RESULTS, rows.values())
+
+
+def _name(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[field]) for field in Case._fields)
+
+
 def main() -> None:
     """Measure, print, write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,7 +196,6 @@ def main() -> None:
     parser.add_argument("--only", choices=[*BARS, "net"])
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
     for case in cases(asked.batch):
         if asked.only not in (None, case.kind if case.what == "block" else "net"):
             continue
@@ -191,20 +203,19 @@ def main() -> None:
         paths, plain, *rest = times(made, asked.rounds)
         row = {
             **case._asdict(),
-            "over_plain": paths / plain,
-            "other_over_plain": rest[0] / plain if rest else None,
+            "over_plain": round(paths / plain, 3),
+            "other_over_plain": round(rest[0] / plain, 3) if rest else None,
             "bar": BARS[case.kind],
-            "paths_ms": paths,
-            "plain_ms": plain,
+            "paths_ms": round(paths, 1),
+            "plain_ms": round(plain, 1),
+            "clock": "thread",
+            "rounds": asked.rounds,
             "commit": commit(),
             "machine": machine(torch.device("cpu")),
             "torch": torch.__version__,
         }
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-        rows.append(row)
-    if asked.only is None:
-        RESULTS.parent.mkdir(exist_ok=True)
-        write_rows(RESULTS, rows)
+        keep(row)
 
 
 if __name__ == "__main__":

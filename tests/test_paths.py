@@ -12,11 +12,23 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from dynroute.backbones import BACKBONES, BackboneOptions
+from dynroute.contracts import InputError
 from dynroute.data import DataSpec
 from dynroute.net import RoutedNet
 from dynroute.runs import inference_parameters
 from dynroute.testing import check_unit, close, shake
-from dynroute.units import AggregatedBottleneck, PathBottleneck, PathInverted, even_split, folded_conv, path_share
+from dynroute.units import (
+    AggregatedBottleneck,
+    GroupedBottleneck,
+    PathBottleneck,
+    PathInverted,
+    Unit,
+    Weights,
+    even_split,
+    folded_conv,
+    path_share,
+)
+from dynroute.units.fold import forked_pointwise
 from tiny import make_backbone, make_router, pictures
 
 SIZE = 5
@@ -142,6 +154,117 @@ def test_mobilenet_sub_blocks_start_as_the_dense_net() -> None:
         assert close(net(x, net.dense_routes(2)).logits_BK, source.eval()(x))
 
 
+# --- bottlenecks from a plain net -----------------------------------------------------------------------------------
+
+
+def dense_bottleneck(
+    stride: int = 1, inputs: int = 64, size: int = SIZE
+) -> tuple[GroupedBottleneck, dict[str, Tensor]]:
+    """A whole bottleneck whose running statistics are those of the images of `maps`, and its weights."""
+    torch.manual_seed(2)
+    block = GroupedBottleneck("unit", inputs, 64, stride, [16], in_size=size)
+    shake(block)
+    for name in ("bn1", "bn2", "bn3"):
+        getattr(block, name).momentum = 1.0
+    block.train()(maps(inputs, size))
+    return block.eval(), block.dense_state()
+
+
+def maps(channels: int, size: int = SIZE) -> Tensor:
+    return torch.randn(32, channels, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def imported(state: dict[str, Tensor], sizes: list[int], stride: int = 1, rank: str = "auto") -> PathBottleneck:
+    first, last = state["conv1.weight"], state["conv3.weight"]
+    unit = PathBottleneck("unit", first.shape[1], last.shape[0], stride, sizes, in_size=SIZE)
+    weights = Weights(state, rank=rank)
+    unit.load_dense(weights)
+    weights.finish()
+    return unit.eval()
+
+
+def distance(unit: Unit, block: Unit) -> float:
+    """RMS of the difference of two bodies over the RMS of what the second one's output varies by."""
+    x = maps(block.spec.in_channels)
+    with torch.no_grad():
+        mine, theirs = (u.narrow((True,) * u.spec.parts).body(x) for u in (unit, block))  # type: ignore[operator, union-attr]
+    return float(
+        (mine - theirs).square().mean().sqrt() / (theirs - theirs.mean((0, 2, 3), keepdim=True)).square().mean().sqrt()
+    )
+
+
+@pytest.mark.parametrize("rank", ["auto", "norm", "none"])
+@pytest.mark.parametrize(("stride", "inputs"), [(1, 64), (2, 24)])
+@pytest.mark.parametrize("sizes", [[16], [16] * 2, [16] * 3, [20] * 2], ids=str)
+def test_sub_blocks_as_wide_as_the_bottleneck_start_as_it(
+    sizes: list[int], stride: int, inputs: int, rank: str
+) -> None:
+    block, state = dense_bottleneck(stride=stride, inputs=inputs)
+    unit, x = imported(state, sizes, stride, rank), maps(inputs)
+    with torch.no_grad():
+        assert close(unit(x), block(x))
+
+
+def test_a_bottleneck_that_falls_into_sub_blocks_starts_as_itself() -> None:
+    """rank none: the g-th run of channels is the g-th sub-block, so a 3x3 without other connections is kept whole."""
+    block, _ = dense_bottleneck()
+    with torch.no_grad():
+        block.conv2.weight.mul_(torch.block_diag(*[torch.ones(4, 4)] * 4)[:, :, None, None])
+    x = maps(64)
+    with torch.no_grad():
+        assert close(imported(block.dense_state(), [4] * 4, rank="none")(x), block(x))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_wider_sub_blocks_are_the_nearer_they_start(parts: int) -> None:
+    block, state = dense_bottleneck()
+    usual = int(path_share(parts) * 16)
+    distances = [distance(imported(state, [size] * parts), block) for size in (16 // parts, usual, 12, 16)]
+    assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-5
+    torch.manual_seed(0)
+    chance = distance(PathBottleneck("unit", 64, 64, 1, [usual] * parts, in_size=SIZE).eval(), block)
+    assert distances[1] < 0.8 * chance
+
+
+@pytest.mark.parametrize("size", [3, 4, 6, 12, 16])
+def test_the_second_batch_norm_expects_what_a_sub_block_lacks(size: int) -> None:
+    """Its statistics, made from the plain ones without data, are about those that sub-blocks have in training."""
+    unit, x = imported(dense_bottleneck(size=15)[1], [size] * 4), maps(64, 15)
+    with torch.no_grad():
+        u = F.relu(unit.bn1(unit.conv1(x)))
+        y = torch.cat([conv(part) for conv, part in zip(unit.conv2, u.split(unit.sizes, 1), strict=True)], 1)  # type: ignore[arg-type]
+    mean, deviation = y.mean((0, 2, 3)), y.std((0, 2, 3))
+    assert unit.bn2.running_mean is not None and unit.bn2.running_var is not None
+    assert float(((unit.bn2.running_mean - mean) / deviation).abs().mean()) < 0.15
+    assert float((unit.bn2.running_var.sqrt() / deviation - 1).abs().mean()) < 0.15
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_bottleneck_net_starts_from_a_plain_one(parts: int) -> None:
+    """The option of basic blocks, at the paper's widths; and exactly at path_width=1."""
+    torch.manual_seed(4)
+    source = make_backbone("resnet50", "channels", 1, width=8, size=32)
+    shake(source)
+    state = source.dense_state()
+    backbone = make_backbone("resnet50", "paths", parts, width=8, size=32)
+    backbone.load_dense(state)
+    options = BackboneOptions("resnet50", unit="paths", parts=parts, width=8, path_width=1.0)
+    wide = BACKBONES["resnet50"](DataSpec("tiny", 32, 10, tuple("abcdefghij")), options)
+    wide.load_dense(state)
+    plain, same = (RoutedNet(body, make_router("static", body.specs)).eval() for body in (source, wide))
+    x = pictures(2, size=32)
+    with torch.no_grad():
+        assert close(same(x, same.dense_routes(2)).logits_BK, plain(x, plain.dense_routes(2)).logits_BK)
+
+
+def test_a_grouped_net_is_refused_as_the_start_of_sub_blocks() -> None:
+    source = AggregatedBottleneck("unit", 64, 64, 1, [16], in_size=SIZE, groups=4)
+    with pytest.raises(
+        InputError, match=r"conv2.weight has shape \(16, 4, 3, 3\), this backbone needs \(16, 16, 3, 3\)"
+    ):
+        imported(source.dense_state(), [4] * 4)
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------
 
 
@@ -222,12 +345,15 @@ def test_sub_blocks_of_basic_blocks_are_widened_where_asked_for() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_covariance_fold_is_exact(stride: int, gated: bool, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize(("stride", "outputs"), [(1, 6), (1, 10), (2, 10)])
+def test_the_covariance_fold_is_exact(
+    stride: int, outputs: int, gated: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outputs, all gradients and running statistics as of one BatchNorm for each sub-block, in float64; a dead channel too."""
+    monkeypatch.setattr("dynroute.units.fold.PIECE", 600)  # two images at a time where the stride is 1
     results = []
     for fold in (True, False):
-        unit = bottleneck(3, stride, (6, 10)).double().train()
+        unit = bottleneck(3, stride, (6, outputs)).double().train()
         shake(unit)
         unit.fold = fold
         torch.manual_seed(1)
@@ -241,6 +367,15 @@ def test_the_covariance_fold_is_exact(stride: int, gated: bool, layout: torch.me
         results.append([y.detach(), *grads, *(b.double() for b in unit.buffers())])
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-9)
+
+
+def test_a_convolution_and_the_shortcut_share_one_gradient() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 1, bias=False).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    y, same = forked_pointwise(x, conv)
+    assert torch.equal(y, conv(x)) and torch.equal(same, x)
+    assert torch.autograd.gradcheck(lambda x, _: forked_pointwise(x, conv), (x, conv.weight))
 
 
 def test_the_covariance_fold_under_autocast_is_the_plain_form_but_for_rounding() -> None:

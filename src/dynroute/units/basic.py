@@ -24,7 +24,8 @@ from dynroute.units.base import (
     tensors,
 )
 from dynroute.units.choice import ChoiceBasic
-from dynroute.units.paths import dealt, gated_sum, opened_channels, shared_out, summed_conv
+from dynroute.units.dealing import dealt, shared_out
+from dynroute.units.paths import gated_sum, opened_channels, summed_conv
 from dynroute.units.ranking import best_first
 
 
@@ -112,14 +113,14 @@ class GroupedBasic(BasicUnit):
         kept = None if keep_BG is None or keep_BG.requires_grad else common_width(keep_BG[:, : len(self.sizes)])
         if kept:
             return self._uniform(x_BCHW, kept)
-        u = F.relu(self.bn1(self.conv1(x_BCHW)))
+        u = F.relu_(self.bn1(self.conv1(x_BCHW)))
         if keep_BG is None:
-            return F.relu(self.shortcut(x_BCHW) + self.bn2(self.conv2(u), None))
+            return F.relu_(self.shortcut(x_BCHW) + self.bn2(self.conv2(u), None))
         keep_BG = keep_BG[:, : len(self.sizes)]
         u = u * channel_mask(keep_BG, self.sizes).to(u.dtype)
         y = self.bn2(self.conv2(u), keep_BG.detach().sum(1).long())
         anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
-        return F.relu(self.shortcut(x_BCHW) + y * anything_B111)
+        return F.relu_(self.shortcut(x_BCHW) + y * anything_B111)
 
     def _uniform(self, x_BCHW: Tensor, kept: int) -> Tensor:
         """All images at one width: a static net trains at its own cost. BatchNorms of absent channels learn nothing."""
@@ -129,9 +130,9 @@ class GroupedBasic(BasicUnit):
         assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
         running = (norm.running_mean[:hidden], norm.running_var[:hidden])  # views: updated in place
         affine = (norm.weight[:hidden], norm.bias[:hidden])
-        u = F.relu(F.batch_norm(y, *running, *affine, self.training, norm.momentum, norm.eps))
+        u = F.relu_(F.batch_norm(y, *running, *affine, self.training, norm.momentum, norm.eps))
         y = F.conv2d(u, self.conv2.weight[:, :hidden], None, self.conv2.stride, self.conv2.padding)
-        return F.relu(self.shortcut(x_BCHW) + self.bn2.run(y, kept))
+        return F.relu_(self.shortcut(x_BCHW) + self.bn2.run(y, kept))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The block with only its first kept groups of hidden channels."""
@@ -181,8 +182,8 @@ class PathBasic(BasicUnit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
-        u = F.relu(self.bn1(self.conv1(x_BCHW)))
-        return F.relu(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv2, self.bn2, keep_BG))
+        u = F.relu_(self.bn1(self.conv1(x_BCHW)))
+        return F.relu_(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv2, self.bn2, keep_BG))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The open sub-blocks as one block: concatenated, with each last BatchNorm folded into its convolution."""

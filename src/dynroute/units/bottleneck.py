@@ -68,17 +68,17 @@ class GroupedBottleneck(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run; keep_BG must be a prefix of ones."""
-        u = F.relu(self.bn1(self.conv1(x_BCHW)))
+        u = F.relu_(self.bn1(self.conv1(x_BCHW)))
         if keep_BG is None:
-            u = F.relu(self.bn2(self.conv2(u), None))
-            return F.relu(self.shortcut(x_BCHW) + self.bn3(self.conv3(u), None))
+            u = F.relu_(self.bn2(self.conv2(u), None))
+            return F.relu_(self.shortcut(x_BCHW) + self.bn3(self.conv3(u), None))
         keep_BG = keep_BG[:, : len(self.sizes)]
         mask_BC11 = channel_mask(keep_BG, self.sizes).to(u.dtype)
         width_B = keep_BG.detach().sum(1).long()
-        u = F.relu(self.bn2(self.conv2(u * mask_BC11), width_B)) * mask_BC11
+        u = F.relu_(self.bn2(self.conv2(u * mask_BC11), width_B)) * mask_BC11
         y = self.bn3(self.conv3(u), width_B)
         anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
-        return F.relu(self.shortcut(x_BCHW) + y * anything_B111)
+        return F.relu_(self.shortcut(x_BCHW) + y * anything_B111)
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The block with only its first kept groups of both sets of hidden channels."""
@@ -189,9 +189,9 @@ class AggregatedBottleneck(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The whole block, whatever is kept: nothing kept is not legal."""
-        u = F.relu(self.bn1(self.conv1(x_BCHW)))
-        u = F.relu(self.bn2(self.conv2(u)))
-        return F.relu(self.shortcut(x_BCHW) + self.bn3(self.conv3(u)))
+        u = F.relu_(self.bn1(self.conv1(x_BCHW)))
+        u = F.relu_(self.bn2(self.conv2(u)))
+        return F.relu_(self.shortcut(x_BCHW) + self.bn3(self.conv3(u)))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The whole block as a plain one."""

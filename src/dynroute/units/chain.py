@@ -63,7 +63,7 @@ class ConvUnit(Unit):
         y = self.conv(x_BCHW)
         if self.norm is not None:
             y = self.norm(y, None if above_BG is None else above_BG.detach().sum(1).long())
-        y = F.relu(y)
+        y = F.relu_(y)
         if self.pool is not None:
             y = self.pool(y)
         if keep_BG is None:
@@ -77,7 +77,7 @@ class ConvUnit(Unit):
         outputs, inputs = sum(self.sizes[:kept]), sum(self.sizes_in[:read]) or self.spec.in_channels
         weight, bias = self.conv.weight[:outputs, :inputs], self.conv.bias
         assert bias is not None
-        y = F.relu(F.conv2d(x_BCHW[:, :inputs], weight, bias[:outputs], padding=1))
+        y = F.relu_(F.conv2d(x_BCHW[:, :inputs], weight, bias[:outputs], padding=1))
         if self.pool is not None:
             y = self.pool(y)
         return F.pad(y, (0, 0, 0, 0, 0, sum(self.sizes) - outputs))

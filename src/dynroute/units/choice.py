@@ -77,12 +77,12 @@ class ChoiceUnit(Unit):
         """
         out = self.shortcut(x_BCHW)
         if keep_BG is None:
-            return F.relu(out + self._run(self.widest, x_BCHW, self.training))
+            return F.relu_(out + self._run(self.widest, x_BCHW, self.training))
         keep_BG = keep_BG[:, : len(self.sizes)]
         choice_B = keep_BG.detach().argmax(1)
         y = self._chosen(x_BCHW, choice_B)
         kept_B1 = keep_BG.gather(1, choice_B[:, None])
-        return F.relu(out + y * kept_B1[:, :, None, None].to(y.dtype))
+        return F.relu_(out + y * kept_B1[:, :, None, None].to(y.dtype))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The shortcut and the chosen alternative, as a plain block."""

@@ -12,7 +12,38 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+PIECE = 2**18  # numbers of a map that are multiplied and summed up in one go on a processor (ours)
+
+
+def forked_pointwise(x_BIHW: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """(a 1x1 convolution of x, x itself for the shortcut).
+
+    Together their gradient is one matrix product added to the shortcut's, where autograd would make two maps and a third, their
+    sum; and on small maps matrix products are faster than oneDNN's backward pass.
+    """
+    return cast("tuple[Tensor, Tensor]", _Fork.apply(x_BIHW, conv.weight))
+
+
+class _Fork(torch.autograd.Function):
+    """(weight x, x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BIHW: Tensor, weight_CI11: Tensor) -> tuple[Tensor, Tensor]:
+        """Under autocast the convolution is in its precision."""
+        ctx.save_for_backward(x_BIHW, weight_CI11)
+        return F.conv2d(x_BIHW, weight_CI11), x_BIHW.view_as(x_BIHW)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and weight, computed in the convolution's precision."""
+        (x_BIHW, weight_CI11), low = ctx.saved_tensors, grads[0].dtype
+        du_MC, shortcut_MI = _rows(grads[0]), _rows(grads[1]).to(low)
+        dx_MI = torch.addmm(shortcut_MI, du_MC, weight_CI11.flatten(1).to(low))
+        dweight_CI = du_MC.T @ _rows(x_BIHW).to(low)
+        return _maps(dx_MI, x_BIHW).to(x_BIHW.dtype), dweight_CI.to(weight_CI11.dtype).view_as(weight_CI11)
 
 
 def folded_sum(
@@ -62,20 +93,25 @@ class _Fold(torch.autograd.Function):
         low, high = u_BCHW.dtype, weight_OC.dtype
         mean_C = u_MC.mean(0, dtype=high)
         weights = weight_OC.split(sizes, 1)
-        centred = (u_MC - mean_C).split(sizes, 1)  # before it is squared, or fp32 would cancel
-        spread = [w @ (c.T @ c).div_(len(u_MC)) for w, c in zip(weights, centred, strict=True)]  # W S
+        centred_MC = u_MC - mean_C  # before it is squared, or fp32 would cancel
+        parts = centred_MC.split(sizes, 1)
+        spread = [w @ (c.T @ c).div_(len(u_MC)) for w, c in zip(weights, parts, strict=True)]  # W S
         variance_GO = _each(lambda ws, w: (ws * w).sum(1), spread, weights).clamp_(min=0)
         mean_GO = _each(lambda w, mean: w @ mean, weights, mean_C.split(sizes))
         inverse_GO = (variance_GO + eps).rsqrt()
         scale_GO = gamma_GO * inverse_GO
         bias_GO = beta_GO - mean_GO * scale_GO
         folded_OC = (weight_OC * scale_GO[owner_C].T).to(low)
-        gated_BCHW = u_BCHW * keep_BG[:, owner_C, None, None].to(low)
+        used_BMC = (
+            centred_MC.view(len(u_BCHW), -1, len(mean_C)) if low == high else None
+        )  # memory that is there already
+        mask_B1C = keep_BG[:, None, owner_C].to(low)
+        gated_MC = torch.mul(u_MC.view(len(u_BCHW), -1, len(mean_C)), mask_B1C, out=used_BMC).flatten(0, 1)
         bias_BO11 = (keep_BG @ bias_GO)[:, :, None, None].to(low)
         y_BOHW = (out_BOHW + bias_BO11).contiguous(memory_format=torch.channels_last)
-        y_BOHW.permute(0, 2, 3, 1).view(-1, len(weight_OC)).addmm_(_rows(gated_BCHW), folded_OC.T)
+        y_BOHW.permute(0, 2, 3, 1).view(-1, len(weight_OC)).addmm_(gated_MC, folded_OC.T)
         ctx.save_for_backward(
-            u_BCHW, gated_BCHW, keep_BG, weight_OC, folded_OC, torch.cat(spread, 1), owner_C, mean_C,
+            u_BCHW, gated_MC, keep_BG, weight_OC, folded_OC, torch.cat(spread, 1), owner_C, mean_C,
             mean_GO, gamma_GO, inverse_GO, bias_GO,
         )  # fmt: skip
         ctx.sizes = sizes
@@ -89,14 +125,20 @@ class _Fold(torch.autograd.Function):
         d(W S W^T)_oo gives 2 dvariance W S to W and sum_o dvariance_o w_o w_o^T to S, and that 2/M (u - mu) dS to u.
         """
         (
-            u_BCHW, gated_BCHW, keep_BG, weight_OC, folded_OC, spread_OC, owner_C, mean_C,
+            u_BCHW, gated_MC, keep_BG, weight_OC, folded_OC, spread_OC, owner_C, mean_C,
             mean_GO, gamma_GO, inverse_GO, bias_GO,
         ) = ctx.saved_tensors  # fmt: skip
         sizes, dy_MO, u_MC = ctx.sizes, _rows(grads[0]), _rows(u_BCHW)
         low, high = u_BCHW.dtype, weight_OC.dtype
-        dfolded_OC, dgated_MC = (dy_MO.T @ _rows(gated_BCHW)).to(high), dy_MO @ folded_OC
+        dfolded_OC, dgated_MC = (dy_MO.T @ gated_MC).to(high), dy_MO @ folded_OC
         dy_BO = grads[0].sum((2, 3), dtype=high)
-        mine_BC = (dgated_MC * u_MC).view(len(u_BCHW), -1, u_MC.shape[1]).sum(1, dtype=high)
+        shape = (len(u_BCHW), -1, len(mean_C))
+        dgated_BMC, u_BMC = dgated_MC.view(shape), u_MC.view(shape)
+        few = (
+            len(u_BCHW) if u_BCHW.is_cuda else max(PIECE // u_BMC[0].numel(), 1)
+        )  # images whose product stays in the cache
+        pieces = zip(dgated_BMC.split(few), u_BMC.split(few), strict=True)
+        mine_BC = torch.cat([(d * u).sum(1, dtype=high) for d, u in pieces])
         dkeep_BG = dy_BO @ bias_GO.T + torch.stack([part.sum(1) for part in mine_BC.split(sizes, 1)], 1)
         dbias_GO = keep_BG.T @ dy_BO  # of bias_GO, and so of beta
         by_weight = _each(lambda d, w: (d * w).sum(1), dfolded_OC.split(sizes, 1), weight_OC.split(sizes, 1))
@@ -110,17 +152,21 @@ class _Fold(torch.autograd.Function):
         towards_mean = [w.T @ d / len(u_MC) for w, d in zip(weights, dmean_GO, strict=True)]
         const = [t - m @ d for t, m, d in zip(towards_mean, mean_C.split(sizes), dcov, strict=True)]
         mask_B1C, const_C = keep_BG[:, None, owner_C].to(low), torch.cat(const).to(low)
-        du_MC = torch.addcmul(const_C, dgated_MC.view(len(u_BCHW), -1, len(mean_C)), mask_B1C).flatten(0, 1)
+        du_MC = torch.addcmul(const_C, dgated_BMC, mask_B1C, out=dgated_BMC).flatten(0, 1)
         for du, u, d in zip(du_MC.split(sizes, 1), u_MC.split(sizes, 1), dcov, strict=True):
             du.addmm_(u, d.to(low))
-        batch, _, height, width = u_BCHW.shape
-        du_BCHW = du_MC.view(batch, height, width, -1).permute(0, 3, 1, 2)
-        return grads[0], du_BCHW, dkeep_BG, dweight_OC, (dscale_GO * inverse_GO), dbias_GO, None, None
+        return grads[0], _maps(du_MC, u_BCHW), dkeep_BG, dweight_OC, (dscale_GO * inverse_GO), dbias_GO, None, None
 
 
 def _rows(x_BCHW: Tensor) -> Tensor:
     """Pixels by channels, (M, C): a view where x is channels_last."""
     return x_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _maps(rows_MC: Tensor, like_BCHW: Tensor) -> Tensor:
+    """The inverse of `_rows`: feature maps, channels_last, of as many images and pixels as others."""
+    batch, _, height, width = like_BCHW.shape
+    return rows_MC.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _each(run: Any, *parts: Sequence[Tensor]) -> Tensor:

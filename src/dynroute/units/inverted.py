@@ -52,8 +52,8 @@ class GroupedInverted(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run; keep_BG must be a prefix of ones, and without a residual sum not empty."""
-        u = F.relu6(self.bn1(self.expand(x_BCHW)))
-        u = F.relu6(self.bn2(self.depthwise(u)))
+        u = F.relu6(self.bn1(self.expand(x_BCHW)), inplace=True)
+        u = F.relu6(self.bn2(self.depthwise(u)), inplace=True)
         if keep_BG is None:
             y = self.bn3(self.project(u), None)
             return x_BCHW + y if self.residual else y

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import (
+    STATISTICS,
     Residual,
     Unit,
     Weights,
@@ -28,7 +29,8 @@ from dynroute.units.base import (
     sliced_norm,
     tensors,
 )
-from dynroute.units.fold import folded_sum
+from dynroute.units.dealing import copies, dealt, shared_out, taken, thinned
+from dynroute.units.fold import folded_sum, forked_pointwise
 from dynroute.units.ranking import best_first
 
 FITTED = {2: 0.6, 3: 0.467, 4: 0.375}  # of a bottleneck's hidden channels: give the parameters of the paper's table 1
@@ -83,12 +85,13 @@ class PathBottleneck(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
-        u = F.relu(self.bn1(pointwise(x_BCHW, self.conv1)))
+        u, x_BCHW = forked_pointwise(x_BCHW, self.conv1)
+        u = F.relu_(self.bn1(u))
         parts = zip(u.split(self.sizes, 1), self.conv2, strict=True)
-        u = F.relu(self.bn2(torch.cat([conv(part) for part, conv in parts], 1)))
+        u = F.relu_(self.bn2(torch.cat([conv(part) for part, conv in parts], 1)))
         if self.training and self.fold:
-            return F.relu(folded_sum(self.shortcut(x_BCHW), u, self.conv3, self.bn3, keep_BG))
-        return F.relu(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv3, self.bn3, keep_BG))
+            return F.relu_(folded_sum(self.shortcut(x_BCHW), u, self.conv3, self.bn3, keep_BG))
+        return F.relu_(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv3, self.bn3, keep_BG))
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
         """The open sub-blocks as one block with a grouped 3x3 convolution; each last BatchNorm folded, biases summed."""
@@ -117,7 +120,48 @@ class PathBottleneck(Unit):
         projection = isinstance(self.shortcut, nn.Sequential)
         always = conv_macs(self.out_size, 1, self.in_channels, self.out_channels) if projection else 0
         by_part = tuple(float(self._macs(size)) for size in self.sizes)
-        return CostTerms(always, by_part, plain=always + self._macs(self.out_channels // self.expansion))
+        return CostTerms(always, by_part, plain=always + self._macs(self.hidden))
+
+    @torch.no_grad()
+    def load_dense(self, weights: Weights) -> None:
+        """Start near the plain bottleneck, whose 3x3 convolution has connections that sub-blocks lack. The rule is ours.
+
+        - Outputs of the 3x3 are dealt to the sub-blocks by rank; what room is left takes copies of the best of the others, and
+          the last convolution's weights are divided among copies (as in Net2Net, Chen et al., 2016).
+        - Its inputs are those of most use to a sub-block's own outputs; sub-blocks may share them. The second BatchNorm's
+          statistics lose what the inputs left out added to them.
+        - Mean and bias of the last BatchNorm are shared out evenly, as in basic blocks.
+        With all open, the eval-mode net computes the dense net exactly where each sub-block is as wide as the block (one
+        part, or backbone.path_width=1). Raises InputError where names or shapes do not fit.
+        """
+        hidden, rank = self.hidden, weights.rank
+        first = weights.take("conv1.weight", hidden, self.in_channels, 1, 1)
+        middle = weights.take("conv2.weight", hidden, hidden, 3, 3)
+        last = weights.take("conv3.weight", self.out_channels, hidden, 1, 1)
+        norm1, norm2 = (weights.statistics(name, hidden) for name in ("bn1", "bn2"))
+        hands = taken(best_first(rank, middle, last, norm2), self.sizes, rank)
+        cuts = [
+            thinned(middle[hand], norm1, {key: v[hand] for key, v in norm2.items()}, len(hand), rank, hand)
+            for hand in hands
+        ]
+        inputs, outputs = torch.cat([cut[0] for cut in cuts]), torch.cat(hands)
+        self.conv1.weight.copy_(first[inputs])
+        for conv, (_, kernel, _) in zip(self.conv2, cuts, strict=True):
+            cast(nn.Conv2d, conv).weight.copy_(kernel)
+        for key in STATISTICS:
+            getattr(self.bn1, key).copy_(norm1[key][inputs])
+            getattr(self.bn2, key).copy_(torch.cat([norm[key] for _, _, norm in cuts]))
+        shares = copies(outputs, hidden)[:, None, None]
+        norm3 = weights.statistics("bn3", self.out_channels)
+        shared_out(last[:, outputs] / shares, norm3, self.sizes, self.conv3, self.bn3)
+        if isinstance(self.shortcut, nn.Sequential):
+            weights.copy(self.shortcut[0], "shortcut.0")
+            weights.copy(self.shortcut[1], "shortcut.1")
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the plain block."""
+        return self.out_channels // self.expansion
 
     def _macs(self, hidden: int) -> int:
         """MACs of three convolutions with so many hidden channels."""
@@ -165,8 +209,8 @@ class PathInverted(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
-        u = F.relu6(self.bn1(self.expand(x_BCHW)))
-        u = F.relu6(self.bn2(self.depthwise(u)))
+        u = F.relu6(self.bn1(self.expand(x_BCHW)), inplace=True)
+        u = F.relu6(self.bn2(self.depthwise(u)), inplace=True)
         return gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.project, self.bn3, keep_BG)
 
     def narrow(self, keep: tuple[bool, ...], keep_in: tuple[bool, ...] | None = None) -> nn.Module:
@@ -220,11 +264,6 @@ class PathInverted(Unit):
                 nn.init.zeros_(cast(Tensor, value))
 
 
-def pointwise(x_BCHW: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution as a matrix product of pixels and channels: the same, and on small maps trained faster."""
-    return F.linear(x_BCHW.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
-
-
 def gated_sum(
     out_BCHW: Tensor, parts: Sequence[Tensor], convs: nn.ModuleList, norms: nn.ModuleList, keep_BG: Tensor | None
 ) -> Tensor:
@@ -254,18 +293,3 @@ def summed_conv(convs: nn.ModuleList, norms: nn.ModuleList, opened: Sequence[int
     assert last.bias is not None
     last.weight.data, last.bias.data = weight, bias
     return last
-
-
-def dealt(order: Tensor, parts: int) -> Tensor:
-    """Channels, best first, dealt to sub-blocks in turn, so that these start equally good."""
-    return torch.cat([order[g::parts] for g in range(parts)])
-
-
-def shared_out(
-    weight: Tensor, norm: dict[str, Tensor], sizes: Sequence[int], convs: nn.ModuleList, norms: nn.ModuleList
-) -> None:
-    """A dense last convolution, cut by its inputs, and its BatchNorm, whose mean and bias are shared out evenly."""
-    for part, conv, own in zip(weight.split(list(sizes), 1), convs, norms, strict=True):
-        cast(nn.Conv2d, conv).weight.copy_(part)
-        for key, value in norm.items():
-            getattr(own, key).copy_(value / len(sizes) if key in ("bias", "running_mean") else value)

@@ -39,12 +39,16 @@ def kernel_norm(weight: Tensor) -> Tensor:
 def contribution(conv2: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """How much each hidden channel adds to a block's output: E[u^2] * |w_next|^2, shape (hidden,). Ours.
 
-    u = ReLU(z) with z ~ N(beta, gamma^2) after BatchNorm, so E[u^2] is known without data (a ReLU6 clips a little more).
-    The papers rank by the norm of the kernel (conv1), which says nothing once a BatchNorm rescales it.
+    u: see `rectified` (a ReLU6 clips a little more). The papers rank by the norm of the kernel (conv1), which says nothing
+    once a BatchNorm rescales it.
     """
+    return rectified(gamma, beta)[1] * conv2.square().sum((0, 2, 3))
+
+
+def rectified(gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """E[u] and E[u^2] of u = ReLU(z), z ~ N(beta, gamma^2) after a BatchNorm: known without data. Shapes as gamma's."""
     sigma = gamma.abs().clamp(min=1e-12)
     ratio = beta / sigma
     normal = torch.distributions.Normal(0.0, 1.0)
     density, mass = normal.log_prob(ratio).exp(), normal.cdf(ratio)
-    second_moment = (beta.square() + sigma.square()) * mass + beta * sigma * density
-    return second_moment * conv2.square().sum((0, 2, 3))
+    return beta * mass + sigma * density, (beta.square() + sigma.square()) * mass + beta * sigma * density
