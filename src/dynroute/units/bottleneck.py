@@ -75,7 +75,7 @@ class GroupedBottleneck(Unit):
         keep_BG = keep_BG[:, : len(self.sizes)]
         mask_BC11 = channel_mask(keep_BG, self.sizes).to(u.dtype)
         width_B = keep_BG.detach().sum(1).long()
-        u = F.relu_(self.bn2(self.conv2(u * mask_BC11), width_B)) * mask_BC11
+        u = F.relu(self.bn2(self.conv2(u * mask_BC11), width_B)) * mask_BC11  # a view of sorted images: not in place
         y = self.bn3(self.conv3(u), width_B)
         anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
         return F.relu_(self.shortcut(x_BCHW) + y * anything_B111)

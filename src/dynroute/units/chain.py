@@ -63,7 +63,7 @@ class ConvUnit(Unit):
         y = self.conv(x_BCHW)
         if self.norm is not None:
             y = self.norm(y, None if above_BG is None else above_BG.detach().sum(1).long())
-        y = F.relu_(y)
+        y = F.relu(y)  # not in place: a WidthNorm returns a view of sorted images
         if self.pool is not None:
             y = self.pool(y)
         if keep_BG is None:
