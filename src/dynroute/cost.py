@@ -48,6 +48,9 @@ class NetCost(nn.Module):
     """
 
     part_UG: Tensor
+    pair_PHG: Tensor
+    above_P: Tensor
+    own_P: Tensor
 
     def __init__(
         self,
@@ -62,15 +65,19 @@ class NetCost(nn.Module):
         rows = [(*t.by_part_G, *[0.0] * (parts - len(t.by_part_G))) for t in terms]
         # float64: sums of 1e9 MACs must not round, or the exactness tests would need a tolerance
         self.register_buffer("part_UG", torch.tensor(rows, dtype=torch.float64), persistent=False)
-        self.pairs: list[tuple[int, int]] = []
+        self.pairs: dict[int, int] = {}  # of each unit with pair costs the one that it reads
+        pair_PHG = torch.zeros(sum(t.by_pair_HG is not None for t in terms), parts, parts, dtype=torch.float64)
         for u, term in enumerate(terms):
             if term.by_pair_HG is None:
                 continue
             source = reads[u]
             assert source is not None and source < u, "a unit with pair costs must read an earlier unit"
-            pair = torch.tensor(term.by_pair_HG, dtype=torch.float64)
-            self.register_buffer(f"pair_{u}", pair, persistent=False)
-            self.pairs.append((source, u))
+            pair_HG = torch.tensor(term.by_pair_HG, dtype=torch.float64)
+            pair_PHG[len(self.pairs), : pair_HG.shape[0], : pair_HG.shape[1]] = pair_HG
+            self.pairs[u] = source
+        self.register_buffer("pair_PHG", pair_PHG, persistent=False)
+        self.register_buffer("above_P", torch.tensor(list(self.pairs.values()), dtype=torch.long), persistent=False)
+        self.register_buffer("own_P", torch.tensor(list(self.pairs), dtype=torch.long), persistent=False)
         self.fixed = fixed + sum(t.always for t in terms)
         self.router = router
         self.dense = dense
@@ -79,9 +86,12 @@ class NetCost(nn.Module):
         """macs_B (float64), differentiable in keep_BUG."""
         keep = keep_BUG.double()
         macs_B = (keep * self.part_UG).sum((1, 2)) + (self.fixed + self.router)
-        for source, u in self.pairs:
-            pair_HG = self.get_buffer(f"pair_{u}")
-            above, own = keep[:, source, : pair_HG.shape[0]], keep[:, u, : pair_HG.shape[1]]
+        if self.pairs:
+            above_BPH, own_BPG = keep.index_select(1, self.above_P), keep.index_select(1, self.own_P)
             # not by einsum: FlopCounterMode would count its products as work of the net
-            macs_B = macs_B + (above[:, :, None] * pair_HG * own[:, None, :]).sum((1, 2))
+            macs_B = macs_B + (above_BPH[..., None] * self.pair_PHG * own_BPG[:, :, None]).sum((1, 2, 3))
         return macs_B
+
+    def pair(self, u: int) -> Tensor:
+        """(G, G): MACs of each part of the unit that unit u reads with each part of unit u, zeros behind their last ones."""
+        return self.pair_PHG[list(self.pairs).index(u)]

@@ -87,15 +87,15 @@ def check_backbone(backbone: Backbone, image_size: int) -> None:
 def check_router(router: Router, size: int = 8, images: int = 16) -> None:
     """Legal keeps; eval() deterministic and independent of the batch; a higher price never dearer in the mean at its ends;
 
-    `macs()` is what one image's decisions execute.
+    `deployed()` decides alike, and `macs()` is what one image's decisions then execute.
     """
     features = [torch.randn(images, spec.in_channels, size, size) for spec in router.specs]
     picture = torch.randn(images, 3, size, size)
 
-    def run(rows: slice) -> list[Tensor]:
-        state, keeps = router.begin(picture[rows]), []
+    def run(rows: slice, by: Router = router) -> list[Tensor]:
+        state, keeps = by.begin(picture[rows]), []
         for u, x_BCHW in enumerate(features):
-            decision, state = router.decide(u, x_BCHW[rows], state)
+            decision, state = by.decide(u, x_BCHW[rows], state)
             keeps.append(decision.keep_BG)
         return keeps
 
@@ -108,7 +108,10 @@ def check_router(router: Router, size: int = 8, images: int = 16) -> None:
     assert all(map(torch.equal, first, again)), "eval() gives different routes for the same images"
     alone = [torch.cat(rows) for rows in zip(*(run(slice(i, i + 1)) for i in range(images)), strict=True)]
     assert all(map(torch.equal, first, alone)), "a route depends on the other images of the batch"
-    counted = count_macs(lambda: run(slice(0, 1)))
+    deployed = router.deployed()
+    deployed.setting = router.setting
+    assert all(map(torch.equal, first, run(every, deployed))), "deployed() decides otherwise"
+    counted = count_macs(lambda: run(slice(0, 1), deployed))
     assert counted == router.macs(), f"macs() says {router.macs():.0f}, one image's decisions do {counted}"
     costs = []
     for end in router.price_limits:  # low to high

@@ -181,7 +181,8 @@ class _Cases:
         seen: dict[torch.Size, Tensor] = {}
         shapes: list[torch.Size] = []
         x = self.picked(0)
-        router = self.net.router
+        router = self.net.router.deployed()
+        router.setting, router.limit = self.net.router.setting, self.net.router.limit
         journey = router.start(x)
         x = self.net.backbone.stem(x)
         for u, unit in enumerate(self.net.backbone.routable):

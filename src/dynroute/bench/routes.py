@@ -41,6 +41,10 @@ class Overruled(Router):
         _, inner = self.router.decide(u, x_BCHW, inner)
         return Decision(routes_BUG[:, u, : self.specs[u].parts], {}), (inner, routes_BUG)
 
+    def deployed(self) -> Overruled:
+        """The same routes, a deployed router asked."""
+        return Overruled(self.router.deployed(), self.routes_NUG)
+
     def macs(self) -> float:
         """The router's."""
         return self.router.macs()
@@ -61,6 +65,10 @@ class Opened(Router):
         """Everything, after the router has said its own."""
         _, state = self.router.decide(u, x_BCHW, state)
         return Decision(self.dense_UG[u, : self.specs[u].parts].expand(len(x_BCHW), -1), {}), state
+
+    def deployed(self) -> Opened:
+        """The same, a deployed router asked."""
+        return Opened(self.router.deployed(), self.dense_UG)
 
     def macs(self) -> float:
         """The router's."""

@@ -41,7 +41,7 @@ class Limit:
     def __init__(self, cost: NetCost, specs: Sequence[UnitSpec], share: float) -> None:
         self.share = share
         self.most = share * cost.dense * (1 + 1e-12)
-        self.reads: dict[int, int] = {u: source for source, u in cost.pairs}
+        self.reads: dict[int, int] = cost.pairs
         self.tables = self._tables(cost, specs)
         roots = [table.cost_MN.min() for u, table in enumerate(self.tables) if u not in self.reads]
         self.least = cost.fixed + cost.router + float(torch.stack(roots).sum())
@@ -74,7 +74,7 @@ class Limit:
             cost_MN = (keep_NG @ cost.part_UG[u, : specs[u].parts].cpu() + below[u])[None]
             if u in self.reads:
                 source = self.reads[u]
-                pair_HG = cost.get_buffer(f"pair_{u}").cpu()
+                pair_HG = cost.pair(u)[: specs[source].parts, : specs[u].parts].cpu()
                 cost_MN = cost_MN + keeps[source].double() @ pair_HG @ keep_NG.T
                 below[source] += cost_MN.min(1).values
             within_NN = (keep_NG[:, None] >= keep_NG).all(2)

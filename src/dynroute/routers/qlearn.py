@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
 from dynroute.routers.base import Net, Phase, Router, classification_loss, cross_entropy, ranged, stacked
 from dynroute.routers.budget import KNOTS, Range, check_budget
+from dynroute.routers.deployed import DeployedAgent
 
 CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
     "rnn": nn.RNNCell,
@@ -241,7 +242,7 @@ class QRouter(Router):
         if self.training and self.conditioned:
             asked_B = self.range.draw(images, device)
         else:
-            asked_B = torch.full((images,), self._asked()[0], device=device)
+            asked_B = torch.full((images,), self.asked()[0], device=device)
         hidden = ((zero_BD, zero_BD),) * (1 if self.slow is None else 2)
         return Memory(hidden, self._charge(asked_B), asked_B, torch.zeros_like(asked_B))
 
@@ -249,21 +250,18 @@ class QRouter(Router):
         """Best action, or a random one with probability epsilon in training.
 
         Notes: q_BA, slow_BA (with a slow copy), action_B, greedy_B (the best action), reward_B (its part for the cost),
-        asked_B (the budget or charge). In inference mode there are none: they would cost as much as the decision.
+        asked_B (the budget or charge).
         """
         pooled_BC = self.norms[u](x_BCHW.detach().float().mean((2, 3)))  # the TD loss must not teach the CNN
         if self.conditioned:
-            pooled_BC = torch.cat([pooled_BC, self._told(state)], 1)
+            pooled_BC = torch.cat([pooled_BC, self.told_of(state)], 1)
         q_BA, hidden = self.agent(u, pooled_BC, state.hidden[0])
         if self.conditioned:  # what an action costs here and now is known and need not be learned for every charge
             q_BA = q_BA - state.charge_B[:, None] * self.get_buffer(f"cost_{u}")
-        price = 0.0 if self.training else self._asked()[1]
+        price = 0.0 if self.training else self.asked()[1]
         score_BA = q_BA - price * self.get_buffer(f"share_{u}") if price else q_BA
         greedy_B = action_B = score_BA.argmax(1)
         keep_AG, share_A = self.get_buffer(f"keep_{u}"), self.get_buffer(f"share_{u}")
-        if torch.is_inference_mode_enabled():
-            ran_B = share_A[action_B] if self.conditioned else state.ran_B
-            return Decision(keep_AG[action_B], {}), state._replace(hidden=(hidden,), ran_B=ran_B)
         if self.training:
             explore_B = torch.rand(len(q_BA), device=q_BA.device) < self.epsilon
             action_B = torch.where(explore_B, torch.randint_like(action_B, q_BA.shape[1]), action_B)
@@ -283,10 +281,14 @@ class QRouter(Router):
             notes["slow"], after = self._padded(slow_BA), (hidden, slow_hidden)
         return Decision(keep_AG[action_B], notes), state._replace(hidden=after, ran_B=share_A[action_B])
 
+    def deployed(self) -> DeployedAgent:
+        """The same decisions from fewer operations, weights as they are now."""
+        return DeployedAgent(self)
+
     def macs(self) -> float:
-        """Encoders, cell (once per unit) and decoders."""
+        """Encoders, cell (once per unit) and decoders, as deployed: what is told goes into biases made beforehand."""
         d, gates = self.options.hidden, GATES_OF[self.options.cell]
-        linear = sum((s.in_channels + self.told) * d + d * s.parts for s in self.specs)
+        linear = sum(s.in_channels * d + d * s.parts for s in self.specs)
         return float(linear + len(self.specs) * gates * 2 * d * d)
 
     def keeps(self, action_BU: Tensor) -> Tensor:
@@ -320,7 +322,7 @@ class QRouter(Router):
         self.log_charge_K += FEEDBACK * (1 - self.epsilon) * self.range.overspent(asked_B, share_B, span)
         self.log_charge_K.clamp_(low, high)
 
-    def _asked(self) -> tuple[float, float]:
+    def asked(self) -> tuple[float, float]:
         """(budget or charge given to the agent, charge on top per share), as the dial stands."""
         if not self.conditioned:
             return self.range.low, self.price
@@ -330,7 +332,7 @@ class QRouter(Router):
         """The charge of each image: as drawn, or what its budget costs by the table (linear in log charge)."""
         return self.range.read(self.log_charge_K, asked_B).exp() if self.options.budget else asked_B
 
-    def _told(self, state: Memory) -> Tensor:
+    def told_of(self, state: Memory) -> Tensor:
         """(B, 2): the charge (by its logarithm where a budget finds it), and the share that the unit before has run."""
         charge_B = state.charge_B
         told_B = charge_B.log10() + 1 if self.options.budget else self.range.place(charge_B) * 2 - 1

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynroute.skipping.cache import Key, Programs
@@ -38,6 +39,9 @@ class FastLayer:
 
     def __call__(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> list[Slab]:
         """The layer's slabs. keys: the pattern of each image of the minibatch, by number."""
+        if len(slabs) == 1 and len(own_of(slabs[0].images, keys)) == 1:  # one image, above all
+            slab, key = slabs[0], keys[slabs[0].images[0]]._replace(above=slabs[0].above)
+            return [Slab(slab.images, self._run(slab.x_NCHW, self.programs.of(key)), key.own)]  # type: ignore[arg-type]
         slabs, out = self._joined(slabs, keys), []
         for slab in self._widest(slabs, keys):
             for images, x_NCHW in self._split(slab, keys):
@@ -128,11 +132,14 @@ def own_of(images: Sequence[int], keys: Sequence[Key]) -> set[tuple[bool, ...]]:
 
 def pooled(slabs: Sequence[Slab], images: int, channels: int) -> Tensor:
     """Means over pixels of maps of full width, (B, C, 1, 1): all that a router with `pooled` looks at."""
-    out_BC = slabs[0].x_NCHW.new_zeros(images, channels)
+    means = []
     for slab in slabs:
         mean_NC = slab.x_NCHW.mean((2, 3))
-        out_BC[torch.tensor(slab.images), : mean_NC.shape[1]] = mean_NC
-    return out_BC[:, :, None, None]
+        means.append(F.pad(mean_NC, (0, channels - mean_NC.shape[1])) if mean_NC.shape[1] < channels else mean_NC)
+    if len(slabs) == 1:
+        return means[0][:, :, None, None]
+    order = torch.tensor([image for slab in slabs for image in slab.images])
+    return torch.cat(means)[order.argsort()][:, :, None, None]
 
 
 def entire(slabs: Sequence[Slab], images: int, channels: int) -> Tensor:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from dynroute.contracts import Output
 from dynroute.net import RoutedNet, stack
+from dynroute.routers import Router
 from dynroute.skipping.cache import Key, Programs
 from dynroute.skipping.chain import FastLayer, Slab, entire, pooled
 from dynroute.skipping.lowering import straight
 from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, gathered
-from dynroute.units import ConvUnit
+from dynroute.units import ConvUnit, Unit
 
 MEMORY = 3.0  # times the weights of the net
 
@@ -32,25 +33,44 @@ class FastNet:
 
     memory: bound of all narrow programs together, in weights of the net. threads: minibatches are shared out over so many,
     each of which computes alone; one image is not. packed: whether private oneDNN calls may be used where they work.
-    A snapshot: weights are taken when a pattern is first met, so make a new FastNet after changing them.
+    Weights are copied in other forms, router included. Each call looks whether they have changed since, and if so all of
+    it is made anew; the dial and the limit are always those of the net's router.
     """
 
     def __init__(self, net: RoutedNet, memory: float = MEMORY, threads: int = 1, packed: bool = True) -> None:
-        self.net, self.threads = net.eval(), threads
-        units = net.backbone.routable
-        weights = 4 * sum(p.numel() for p in net.backbone.parameters())
-        self.programs = Programs(units, memory * weights, packed)
-        self.stem, self.head = straight(net.backbone.stem, packed), straight(net.backbone.head, packed)
-        self.chain = all(isinstance(unit, ConvUnit) for unit in units)
-        halves = [2.0 * sum(p.numel() for p in unit.parameters()) for unit in units]
-        self.units = [FastUnit(self.programs, weights) for weights in halves]
-        self.layers = [FastLayer(self.programs, unit) for unit in units if isinstance(unit, ConvUnit)]
+        self.net, self.threads, self.memory, self.packed = net.eval(), threads, memory, packed
+        self.plain = net.backbone.routable
+        self.chain = all(isinstance(unit, ConvUnit) for unit in self.plain)
+        self.tensors = [t for t in (*net.parameters(), *net.buffers()) if not t.is_inference()]  # which never change
         self.pool: ThreadPoolExecutor | None = None
         self.forms: dict[int, list[str]] = {}  # by size of the minibatch: of each unit, as measured by `warm_up`
+        self._take()
+
+    def _take(self) -> None:
+        """Everything that is made of weights."""
+        self.version, backbone = self._version(), self.net.backbone
+        weights = 4 * sum(p.numel() for p in backbone.parameters())
+        self.programs = Programs(self.plain, self.memory * weights, self.packed)
+        self.stem, self.head = straight(backbone.stem, self.packed), straight(backbone.head, self.packed)
+        halves = [2.0 * sum(p.numel() for p in unit.parameters()) for unit in self.plain]
+        self.units = [FastUnit(self.programs, weights) for weights in halves]
+        self.layers = [FastLayer(self.programs, unit) for unit in self.plain if isinstance(unit, ConvUnit)]
+        self.router = self.net.router.deployed()
+
+    def _version(self) -> int:
+        """Grows with every change of a weight or buffer in place: a step of training, a checkpoint loaded."""
+        return sum(tensor._version for tensor in self.tensors)
+
+    def _ready(self) -> None:
+        """Weights, dial and limit as they are now."""
+        if self._version() != self.version:
+            self._take()
+        self.router.setting, self.router.limit = self.net.router.setting, self.net.router.limit
 
     @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor, keep_BUG: Tensor | None = None) -> Output:
         """Logits, decisions and cost of each image; keep_BUG: these routes instead of the router's."""
+        self._ready()
         share = -(-len(x_BCHW) // self.threads)
         if share == len(x_BCHW):
             return self._run(x_BCHW, keep_BUG)
@@ -62,12 +82,11 @@ class FastNet:
 
     def _run(self, x_BCHW: Tensor, keep_BUG: Tensor | None) -> Output:
         """One minibatch on this thread."""
-        net = self.net
-        routes = Routes(net, x_BCHW, keep_BUG)
+        routes = Routes(self.plain, self.router, x_BCHW, keep_BUG)
         x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
         x_BCHW = (self._chain if self.chain else self._blocks)(x_BCHW, routes)
         trace = stack(routes.keeps, [{} for _ in routes.keeps])
-        return Output(self.head(x_BCHW), trace, net.cost(trace.keep_BUG))
+        return Output(self.head(x_BCHW), trace, self.net.cost(trace.keep_BUG))
 
     def _blocks(self, x_BCHW: Tensor, routes: Routes) -> Tensor:
         """The units, images in whatever order they are in; the feature maps in the first order."""
@@ -85,7 +104,7 @@ class FastNet:
     ) -> Tensor:
         """One unit in one of its forms; None: as it seems to pay."""
         if form == MASKED:
-            unit = self.net.backbone.routable[u]
+            unit = self.plain[u]
             sides = (
                 [[key.own for key in keys]] if unit.reads is None else [[k.own for k in keys], [k.above for k in keys]]
             )
@@ -107,9 +126,10 @@ class FastNet:
         if self.chain:
             self(x_BCHW, keep_BUG)
             return []
+        self._ready()
         share = -(-len(x_BCHW) // self.threads)
         x_BCHW, keep_BUG = x_BCHW[:share], None if keep_BUG is None else keep_BUG[:share]
-        routes, forms = Routes(self.net, x_BCHW, keep_BUG), []
+        routes, forms = Routes(self.plain, self.router, x_BCHW, keep_BUG), []
         x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
         for u in range(len(self.units)):
             keys = routes.decide(u, partial(routes.shown, x_BCHW))
@@ -117,7 +137,7 @@ class FastNet:
             forms.append(min(times, key=lambda form: times[form]))
             x_BCHW = self._unit(u, x_BCHW.clone(), keys, routes, VIEWS, True, False)
         self.forms[share] = forms
-        return [unit.spec.name for unit, form in zip(self.net.backbone.routable, forms, strict=True) if form == MASKED]
+        return [unit.spec.name for unit, form in zip(self.plain, forms, strict=True) if form == MASKED]
 
     def _timed(self, u: int, x_BCHW: Tensor, keys: list[Key], routes: Routes, form: str, repeats: int) -> float:
         """Seconds of this thread that a form takes, at best."""
@@ -132,12 +152,12 @@ class FastNet:
     def _chain(self, x_BCHW: Tensor, routes: Routes) -> Tensor:
         """The layers of a chain, feature maps without the channels that are not kept."""
         images, slabs = len(x_BCHW), [Slab(list(range(len(x_BCHW))), x_BCHW, None)]
-        see = pooled if self.net.router.pooled else entire
+        see = pooled if self.router.pooled else entire
         for u, layer in enumerate(self.layers):
-            channels = self.net.backbone.specs[u].in_channels
+            channels = self.plain[u].spec.in_channels
             keys = routes.decide(u, partial(see, slabs, images, channels))
             slabs = layer(slabs, keys)
-        last = self.net.backbone.routable[-1]
+        last = self.plain[-1]
         assert isinstance(last, ConvUnit)
         return entire(slabs, images, sum(last.sizes))
 
@@ -162,21 +182,22 @@ class Routes:
     keeps: keep_BG of each unit so far, as they came.
     """
 
-    def __init__(self, net: RoutedNet, x_BCHW: Tensor, keep_BUG: Tensor | None) -> None:
-        self.net, self.given = net, None if keep_BUG is None else keep_BUG.to(x_BCHW.device)
-        self.journey = net.router.start(x_BCHW) if keep_BUG is None else None
+    def __init__(self, units: Sequence[Unit], router: Router, x_BCHW: Tensor, keep_BUG: Tensor | None) -> None:
+        self.units, self.router = units, router
+        self.given = None if keep_BUG is None else keep_BUG.to(x_BCHW.device)
+        self.journey = router.start(x_BCHW) if keep_BUG is None else None
         self.order: Tensor | None = None
         self.keeps: list[Tensor] = []
         self.rows: list[list[tuple[bool, ...]]] = []  # of each unit, as they came
 
     def decide(self, u: int, look: Callable[[], Tensor]) -> list[Key]:
         """The pattern of each image at its present place. look: what the router is shown."""
-        unit = self.net.backbone.routable[u]
+        unit = self.units[u]
         if self.journey is None:
             assert self.given is not None
             keep_BG = self.given[:, u, : unit.spec.parts]
         else:
-            decision, self.journey = self.net.router.choose(u, look(), self.journey)
+            decision, self.journey = self.router.choose(u, look(), self.journey)
             keep_BG = decision.keep_BG
         own = list(map(tuple, keep_BG.bool().tolist()))
         self.keeps.append(keep_BG)
@@ -189,7 +210,7 @@ class Routes:
         """The feature maps of a minibatch for the router, images as they came; their means where it looks at no more."""
         if self.order is None:
             return x_BCHW
-        if self.net.router.pooled:
+        if self.router.pooled:
             return x_BCHW.mean((2, 3))[self.order.argsort()][:, :, None, None]
         return gathered(x_BCHW, self.back())
 

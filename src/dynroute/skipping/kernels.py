@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 RELU, RELU6 = "relu", "hardtanh"  # oneDNN's names
 LIMITS: dict[str, list[float]] = {"none": [], RELU: [], RELU6: [0.0, 6.0]}
-WORTH_PACKING = 3e6  # multiply-adds of a call below which a packed call's fixed 30-50 us outweigh its speed (measured)
+WORTH_PACKING = 3e6  # multiply-adds of a call below which a packed call's fixed 30-50 us outweigh its speed (measured),
+HEAVY = 2e5  # unless there are so many weights, which a plain call would bring into order each time (measured)
 
 
 class Conv:
@@ -29,7 +30,8 @@ class Conv:
     def __init__(self, conv: nn.Conv2d, packed: bool) -> None:
         zeros = torch.zeros(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
         self.bias = zeros if conv.bias is None else conv.bias.detach()
-        self.plain: Tensor | None = conv.weight.detach()
+        # as the maps are: a plain call would turn weights of another format at every call, on small maps most of its time
+        self.plain: Tensor | None = conv.weight.detach().contiguous(memory_format=torch.channels_last)
         self.act = "none"
         self.stride, self.dilation = list(conv.stride), list(conv.dilation)
         self.padding = [int(side) for side in conv.padding]
@@ -83,11 +85,10 @@ class Conv:
             return self.packing, True
         images, _, height, width = x_NCHW.shape
         one = self.size * (height // self.stride[0]) * (width // self.stride[1])
-        if not self.may_pack or images * one < WORTH_PACKING:
+        if not self.may_pack or (images * one < WORTH_PACKING and self.size < HEAVY):
             return plain, False
         # made for one image: the layout that oneDNN prefers hardly depends on how many there are
-        shape, layout = [1, *x_NCHW.shape[1:]], plain.contiguous(memory_format=torch.channels_last)
-        packing = _pack(layout, self.padding, self.stride, self.dilation, self.groups, shape)
+        packing = _pack(plain, self.padding, self.stride, self.dilation, self.groups, [1, *x_NCHW.shape[1:]])
         self.packing, self.plain = packing, None
         return packing, True
 
