@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,8 @@ class GateRouter(Router):
         order = sorted((g, u) for u, s in enumerate(self.specs) for g in range(s.parts))
         self.slopes = nn.ParameterList(nn.Parameter(torch.full((s.parts,), STEEP)) for s in self.specs)
         for place, (g, u) in enumerate(order):
-            self.gates[u].bias.data.view(-1, 2)[g, 1] = -STEEP * (place + 0.5) / parts
+            biases = cast(nn.Linear, self.gates[u]).bias.data
+            biases.view(-1, 2)[g, 1] = -STEEP * (place + 0.5) / parts
 
     def begin(self, x_BCHW: Tensor) -> Memory:
         """Each image's budget, where there is a range of them: drawn in training, set by the dial in eval."""
