@@ -73,7 +73,7 @@ def test_a_budget_is_two_shares(budget: list[float]) -> None:
 
 
 def test_a_budget_excludes_targets() -> None:
-    for other in ({"target": 0.4}, {"targets": [0.5] * 3}):
+    for other in ({"target": 0.4}, {"targets": [0.5] * 3}, {"open_at_start": 0.5}):
         with pytest.raises(InputError, match="excludes"):
             DmnnOptions(budget=BUDGET, **other)  # type: ignore[arg-type]
 

@@ -27,6 +27,7 @@ FEEDBACK = 0.05  # step of a budget's target per minibatch and per share missed 
 SLACK = 0.2  # and how far from its budget the target may move
 GROUPS = 4  # of a minibatch's images by target, each held to its own mean: 32 of 128 images (ours)
 TARGET = 0.5
+OPEN_AT_START = 0.87
 STEEP = 12.0  # log odds of a gate per share of budget: so a gate opens within about a third of the whole range (ours)
 
 
@@ -58,8 +59,9 @@ class DmnnOptions:
     or aig: the mean over blocks of (share run - target)^2, no FLOPs term."""
     temperature: float = 1.0
     """Temperature of the Gumbel softmax. Ours, as ConvNet-AIG."""
-    open_at_start: float = 0.87
-    """Probability with which a gate is open before training. Ours, as ConvNet-AIG."""
+    open_at_start: float = OPEN_AT_START
+    """Probability with which a gate is open before training; not with a budget, where it depends on the target. Ours, as
+    ConvNet-AIG."""
     gate_lr: float = 1.0
     """Learning rate of the controllers, times optim.lr. Ours."""
     gate_decay: float = 0.0
@@ -73,6 +75,10 @@ class DmnnOptions:
         check_budget(self.budget)
         if self.budget and (self.targets or self.target != TARGET):
             raise InputError("router.budget excludes router.target and router.targets: it draws targets from its range")
+        if self.budget and self.open_at_start != OPEN_AT_START:
+            raise InputError(
+                "router.budget excludes router.open_at_start: gates then start open or closed by the target"
+            )
         if self.resource not in ("dmnn", "flops", "aig"):
             raise InputError(f"router.resource must be dmnn, flops or aig, not {self.resource!r}")
         ranged("router.epochs", self.epochs, 0, 100_000)
@@ -132,8 +138,7 @@ class GateRouter(Router):
         for gate in (module for module in self.gates if isinstance(module, nn.Linear)):
             nn.init.normal_(gate.weight, std=0.001)
             nn.init.zeros_(gate.bias)
-            odds = math.log(options.open_at_start / (1 - options.open_at_start))
-            gate.bias.data.view(-1, 2)[:, 1] = odds
+            gate.bias.data.view(-1, 2)[:, 1] = math.log(options.open_at_start / (1 - options.open_at_start))
         if self.range:
             self._open_in_turn()
         shares = [torch.tensor(s.part_shares) for s in specs]
