@@ -55,6 +55,17 @@ def test_a_run_with_everything_has_every_picture(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
+def test_one_core_draws_the_same_bytes_as_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = full_run(tmp_path)
+    for cores in (1, 2):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        compare([run], tmp_path / f"{cores}")
+    drawn = sorted((tmp_path / "1").glob("*.*g"))
+    assert len(drawn) == 2 * len(NAMES)
+    for path in drawn:
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes(), path.name
+
+
 def test_pictures_written_into_a_results_folder_are_not_read_back(tmp_path: Path) -> None:
     folder = full_run(tmp_path / "results")
     compare([tmp_path / "results"], tmp_path / "results")

@@ -118,18 +118,17 @@ def _of_file(
     file: Path, named: list[tuple[str, Row]], rows: Sequence[Row], left_out: list[LeftOut]
 ) -> Iterator[Routed]:
     images = read_routes(file)
+    at_setting = images.groupby(list(SETTING), sort=False).indices
     units = _units(file.with_name(UNITS_FILE))
     classes, superclasses = _classes(file.with_name(CLASSES_FILE))
     for label, row in named:
         target = row["flops_target"]
-        wanted = dict(
-            zip(SETTING, ("test", "" if target is None else f"{target:.12g}", row["checkpoint"]), strict=True)
-        )
-        part = images[(images[list(SETTING)] == list(wanted.values())).all(axis=1)].reset_index(drop=True)
-        if len(part) == 0:
+        wanted = ("test", "" if target is None else f"{target:.12g}", row["checkpoint"])
+        if wanted not in at_setting:
             told = "the trained point" if target is None else f"target {target:g}"
             left_out.append(LeftOut(file, f"no routes at {told} (no route report)"))
             continue
+        part = images.iloc[at_setting[wanted]].reset_index(drop=True)
         codes, routes = part["route"].factorize()
         keep_RUG, parts = _bits(file, list(routes), [count for _, count in units])
         names = [name for name, _ in units] or [f"unit {u + 1}" for u in range(len(parts))]

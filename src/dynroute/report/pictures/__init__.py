@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +31,7 @@ NAMES = (
     "route_diagrams",
     "training_curves",
 )
+Drawing = Callable[[], "Picture | None"]
 MIDDLE = 0.5  # pictures of one target show the one whose share is nearest to this
 
 
@@ -39,12 +45,24 @@ def write_all(
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        return [picture for picture in _all(table, rows, routed, left_out, out) if picture]
+        drawn = _at_once(_all(table, rows, routed, left_out, out))
+    return [picture for picture in drawn if picture]
+
+
+def _at_once(drawings: Sequence[Drawing]) -> list[Picture | None]:
+    """What each gives, in their order: side by side in processes, where the system can copy this one; no torch runs in them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        return [draw() for draw in drawings]
+    quiet = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's to tell
+    with ProcessPoolExecutor(min(cores, len(drawings)), multiprocessing.get_context("fork"), quiet) as pool:
+        return [waiting.result() for waiting in [pool.submit(draw) for draw in drawings]]
 
 
 def _all(
     table: pd.DataFrame, rows: Sequence[Row], routed: Sequence[Routed], left_out: list[LeftOut], out: Path
-) -> list[Picture | None]:
+) -> list[Drawing]:
+    """Every picture, yet to be drawn: files have been read, so left_out is complete."""
     from dynroute.report.pictures import accuracy, costs, images, routes, training
 
     runs = [list(part) for _, part in itertools.groupby(routed, key=lambda each: each.row["routes_file"])]
@@ -54,14 +72,14 @@ def _all(
     stored = [(each, found) for each in one if len(found := images.listed(each, left_out))]
     curves = [found for name, folder in _folders(rows) if len(found := training.read_curves(name, folder, left_out))]
     return [
-        accuracy.accuracy_flops(table, out),
-        accuracy.accuracy_latency(rows, out),
-        _limited(costs.flops_histogram, runs, out),
-        _limited(costs.cost_by_class, one, out),
-        _limited(routes.execution_rates, heat, out),
-        _limited(images.image_grid, stored, out),
-        _limited(routes.route_diagrams, one, out),
-        _limited(training.training_curves, curves, out),
+        partial(accuracy.accuracy_flops, table, out),
+        partial(accuracy.accuracy_latency, rows, out),
+        partial(_limited, costs.flops_histogram, runs, out),
+        partial(_limited, costs.cost_by_class, one, out),
+        partial(_limited, routes.execution_rates, heat, out),
+        partial(_limited, images.image_grid, stored, out),
+        partial(_limited, routes.route_diagrams, one, out),
+        partial(_limited, training.training_curves, curves, out),
     ]
 
 
