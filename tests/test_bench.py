@@ -15,7 +15,9 @@ import torch
 import dynroute.bench.modes as modes
 from conftest import tree
 from dynroute import timing
+from dynroute.assembly import fingerprint, restore
 from dynroute.bench import (
+    Benched,
     Case,
     DenseNet,
     Overruled,
@@ -38,8 +40,8 @@ from dynroute.net import RoutedNet
 from dynroute.records import BENCH_COLUMNS, BenchRow, merge_bench, read_rows
 from dynroute.report.read import read
 from dynroute.routers import Router, legal
-from dynroute.runs import affinity
-from dynroute.skipping import FastNet
+from dynroute.runs import affinity, environment
+from dynroute.skipping import FastNet, load_forms
 from dynroute.testing import close
 from dynroute.units import FORMS
 from tiny import make_backbone, make_net, pictures
@@ -121,7 +123,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, found: dict[str, Times], **plan: An
     net = make_net("dmnn", "paths")
     net.router.price = 0.5
     monkeypatch.setattr(modes, "interleaved", lambda cases, *_: {name: found[name] for name in cases})
-    rows, remarks = bench(net, make_backbone(parts=1), pictures(8), [Point()], Plan(**plan), LABELS)
+    rows, remarks, _ = bench(net, make_backbone(parts=1), pictures(8), [Point()], Plan(**plan), LABELS)
     assert net.router.price == 0.5 and remarks == []
     return rows
 
@@ -226,7 +228,7 @@ def test_a_runtime_that_cannot_is_a_remark(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(modes, "compiled", broken)
     asked = Plan(seconds=0, least=1, modes=frozenset({"dense", "compiled"}))
-    rows, remarks = bench(make_net(), make_backbone(parts=1), pictures(2), [], asked, LABELS)
+    rows, remarks, _ = bench(make_net(), make_backbone(parts=1), pictures(2), [], asked, LABELS)
     assert remarks == ["torch.compile: no compiler"]
     assert [row.mode for row in rows] == ["dense", "dense_best"]
 
@@ -252,7 +254,7 @@ def test_bf16_runs_and_leaves_the_net_alone(name: str, unit: str) -> None:
     net, plain = make_net(name, unit), make_backbone(parts=1)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     asked = Plan(batch=2, dtype="bf16", seconds=0, least=1)
-    rows, _ = bench(net, plain, pictures(4), [Point()], asked, LABELS)
+    rows, _, _ = bench(net, plain, pictures(4), [Point()], asked, LABELS)
     assert {row.dtype for row in rows} == {"bf16"} and rows[0].macs_mean == net.cost.dense
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert {p.dtype for p in plain.parameters()} == {torch.float32}
@@ -306,6 +308,9 @@ def test_bench_of_a_run_fills_bench_csv(tmp_path: Path, runs: dict[str, Path], c
     said(capsys, "bench", run, "--batch", 3, *FAST)
     assert len(read_rows(run / "bench.csv")) == 14, "the same settings take the place of the old rows"
     assert torch.get_num_threads() == 1
+    units = len(restore(run / "last.pt")[0].backbone.specs)
+    forms = load_forms(run / "forms.json", fingerprint(run / "last.pt"), environment(), units)
+    assert sorted(forms) == [1, 3], "of both batch sizes"
 
 
 def test_bench_of_a_configuration_draws_routes_and_writes_nothing(config: Path, capsys: Capture) -> None:
@@ -337,7 +342,7 @@ def test_eval_latency_is_the_same_measurement(
     def slow(self: Any, settings: Any, plan: Any, split: str) -> Any:
         assert plan.modes == {"dense", "skipping"} and plan.batch == 1
         row = BenchRow(**LABELS, mode="skipping", macs_share=0.6, speedup=0.9, latency_ms_p50=7.0, threads=1)
-        return [row], []
+        return Benched([row], [], {})
 
     monkeypatch.setattr("dynroute.runs.Evaluator.bench", slow)
     out, err = said(capsys, "eval", runs["static"], "--latency", "--json")

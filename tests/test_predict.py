@@ -16,6 +16,9 @@ from dynroute.calibration import Calibration, read_budget, write_budget
 from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.data import load
+from dynroute.runs import environment
+from dynroute.skipping import FastNet, save_forms
+from dynroute.skipping.unit import MASKED
 
 
 @pytest.fixture
@@ -60,6 +63,24 @@ def test_it_says_what_eval_found_for_the_same_images(
     assert [p["macs"] for p in found] == [float(line["macs"]) for line in lines]
     alone = predicted(capsys, str(run), str(files[3]), *target)
     assert alone[0]["route"] == found[3]["route"]
+
+
+def test_forms_that_bench_has_measured_change_no_answer(
+    run: Path, files: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = predicted(capsys, str(run), *map(str, files))
+    units = len(restore(run / "last.pt")[0].backbone.specs)
+    asked: list[object] = []
+    known = FastNet._unit
+    monkeypatch.setattr(FastNet, "_unit", lambda self, *given: (asked.append(given[4]), known(self, *given))[1])
+    save_forms(run / "forms.json", fingerprint(run / "last.pt"), environment(), {5: [MASKED] * units})
+    after = predicted(capsys, str(run), *map(str, files))
+    assert asked == [MASKED] * units
+    for key in ("file", "label", "route", "macs"):
+        assert [row[key] for row in before] == [row[key] for row in after]
+    (run / "forms.json").write_text("{")
+    assert main(["predict", str(run), *map(str, files)]) == 2
+    assert "not a table of forms" in capsys.readouterr().err
 
 
 def test_a_stored_setting_is_used_again_and_not_for_another_checkpoint(run: Path) -> None:

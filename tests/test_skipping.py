@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dynroute.contracts import Setting
+from dynroute.contracts import InputError, Setting
 from dynroute.net import RoutedNet
-from dynroute.skipping import FastNet, cache, chain, kernels, packed_works
+from dynroute.skipping import FastNet, cache, chain, kernels, load_forms, packed_works, save_forms
 from dynroute.skipping import unit as unit_room
 from dynroute.skipping.cache import Key, Programs
+from dynroute.skipping.forms import forms_for
 from dynroute.skipping.kernels import Conv
 from dynroute.skipping.lowering import straight
 from dynroute.skipping.unit import MASKED, SORTED, VIEWS
@@ -182,6 +185,39 @@ def test_a_warm_up_measures_every_form_and_keeps_the_fastest(monkeypatch: pytest
     assert fast.warm_up(x) == [net.backbone.specs[0].name]
     assert fast.forms == {8: [MASKED, VIEWS, SORTED]}
     assert close(fast(x).logits_BK, net(x).logits_BK)
+
+
+def test_forms_hold_for_sizes_nearby() -> None:
+    forms = {1: ["a"], 8: ["b"], 64: ["c"]}
+    near = {1: "a", 2: "a", 3: None, 4: "b", 8: "b", 16: "b", 17: None, 32: "c", 128: "c", 129: None}
+    assert {images: (forms_for(forms, images) or [None])[0] for images in near} == near
+    assert forms_for({}, 1) is None
+
+
+def test_forms_kept_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "forms.json"
+    assert load_forms(file, "c", "here", 2) == {}
+    save_forms(file, "c", "here", {8: [VIEWS, MASKED]})
+    save_forms(file, "c", "here", {1: [VIEWS, SORTED]})
+    assert load_forms(file, "c", "here", 2) == {1: [VIEWS, SORTED], 8: [VIEWS, MASKED]}
+    assert load_forms(file, "other", "here", 2) == load_forms(file, "c", "elsewhere", 2) == {}
+    with pytest.raises(InputError, match="of other units; delete it"):
+        load_forms(file, "c", "here", 3)
+    save_forms(file, "other", "here", {2: [VIEWS, VIEWS]})
+    assert load_forms(file, "other", "here", 2) == {2: [VIEWS, VIEWS]}
+    assert load_forms(file, "c", "here", 2) == {}, "those of another checkpoint have gone"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 1, "checkpoint": "c", "place": "here", "forms": {"8": ["x"]}}']
+)
+def test_a_broken_file_of_forms_is_said_and_can_be_written_anew(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "forms.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"forms.json is not a table of forms .*; delete it"):
+        load_forms(file, "c", "here", 1)
+    save_forms(file, "c", "here", {8: [VIEWS]})
+    assert load_forms(file, "c", "here", 1) == {8: [VIEWS]}
 
 
 @pytest.mark.parametrize("images", [2, 5, 8])

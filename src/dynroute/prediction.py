@@ -16,8 +16,9 @@ from dynroute.calibration import read_budget
 from dynroute.contracts import InputError, Setting
 from dynroute.data import loader, pictures
 from dynroute.fit import LAST
-from dynroute.runs import latency_share
-from dynroute.skipping import FastNet
+from dynroute.records import FORMS_FILE
+from dynroute.runs import environment, latency_share
+from dynroute.skipping import FastNet, load_forms
 
 
 @dataclass
@@ -61,7 +62,8 @@ def predict(
         net.router.setting = _setting(run, target, flops_max)
     spec = trained_on(content, path)
     batches = loader(pictures(images, config.data.name, spec), spec, 64, train=False)
-    fast, found = FastNet(net), []
+    fast, found = FastNet(net), list[Prediction]()
+    fast.forms = load_forms(run / FORMS_FILE, fingerprint(path), environment(), len(net.backbone.specs))
     for batch in batches:
         out = fast(batch.images)
         best = torch.softmax(out.logits_BK.float(), 1).max(1)

@@ -14,7 +14,7 @@ from typing import Any
 from dynroute.contracts import InputError
 
 EVAL_FILE, TRAIN_FILE, ROUTES_FILE = "eval.csv", "train.csv", "routes.csv"
-BENCH_FILE, BUDGET_FILE = "bench.csv", "budget.json"
+BENCH_FILE, BUDGET_FILE, FORMS_FILE = "bench.csv", "budget.json", "forms.json"
 CLASSES_FILE, UNITS_FILE, IMAGES_FILE, IMAGES_FOLDER = "classes.csv", "units.csv", "images.csv", "images"
 
 

@@ -17,7 +17,7 @@ import torch
 
 from dynroute import __version__, plugins
 from dynroute.assembly import build, dense_twin, fingerprint, inference_parameters, make_teacher, restore, trained_as
-from dynroute.bench import POOL, Plan, Point, bench
+from dynroute.bench import POOL, Benched, Plan, Point, bench
 from dynroute.calibration import TOLERANCE, Fit, outdated, read_budget, share_for_latency, write_budget
 from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import Batch, InputError, Setting
@@ -209,7 +209,7 @@ class Evaluator:
         rows: list[BenchRow] = []
         if timed:
             plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
-            rows, _ = self.bench([Point(target, setting)], plan, split)
+            rows = self.bench([Point(target, setting)], plan, split).rows
             row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
             row.latency_batch, row.latency_threads, row.latency_device = (
                 rows[-1].batch,
@@ -222,8 +222,8 @@ class Evaluator:
         reachable = self.dial.calibration.span() if target is not None else None
         return Result(row, reachable, missed, scores, rows)
 
-    def bench(self, points: Sequence[Point], plan: Plan, split: str = "test") -> tuple[list[BenchRow], list[str]]:
-        """Rows of `bench.bench` at points of this run, on images of a split, and remarks."""
+    def bench(self, points: Sequence[Point], plan: Plan, split: str = "test") -> Benched:
+        """What `bench.bench` finds at points of this run, on images of a split."""
         part, _ = self._split(split)
         images = max(POOL, 2 * plan.batch)
         few = limited(part, images)
@@ -488,9 +488,18 @@ def machine(device: torch.device) -> str:
     """Processor, threads and system, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def environment() -> str:
+    """Processor and PyTorch: what is fastest on one is not on another."""
+    return f"{processor()}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """The model of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
+        return platform.processor() or platform.machine()

@@ -14,16 +14,18 @@ from pathlib import Path
 
 import torch
 
-from dynroute.assembly import dense_twin
-from dynroute.bench import DTYPES, POOL, Overruled, Plan, Point, bench, numbered, random_routes, uniform_routes
+from dynroute.assembly import dense_twin, fingerprint
+from dynroute.bench import DTYPES, POOL, Benched, Overruled, Plan, Point, bench, numbered, random_routes, uniform_routes
 from dynroute.calibration import TOLERANCE
 from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec
+from dynroute.fit import LAST
 from dynroute.net import RoutedNet
-from dynroute.records import BENCH_FILE, BenchRow, merge_bench
+from dynroute.records import BENCH_FILE, FORMS_FILE, BenchRow, merge_bench
 from dynroute.routers import ranged
-from dynroute.runs import Evaluator, bench_labels, nearest, on_device, prepare, untrained
+from dynroute.runs import Evaluator, bench_labels, environment, nearest, on_device, prepare, untrained
+from dynroute.skipping import Forms, save_forms
 
 CLOCKS = ("auto", "thread", "wall")
 
@@ -72,11 +74,15 @@ class Request:
 
 @dataclass
 class Timed:
-    """rows: of all batch sizes and thread counts; remarks: what could not be timed; missed: targets that were not reached."""
+    """rows: of all batch sizes and thread counts; remarks: what could not be timed; missed: targets that were not reached.
+
+    forms: that the units of the first point run fastest in.
+    """
 
     rows: list[BenchRow]
     remarks: list[str]
     missed: list[str]
+    forms: Forms
 
 
 Said = Callable[[str], None]
@@ -110,6 +116,8 @@ def _of_run(folder: Path, request: Request, say: Said) -> Timed:
             )
     timed = _timed(lambda plan: evaluator.bench(points, plan), request, say)
     merge_bench(folder / BENCH_FILE, timed.rows)
+    if timed.forms and evaluator.device.type == "cpu" and request.dtype == "fp32":
+        save_forms(folder / FORMS_FILE, fingerprint(folder / LAST), environment(), timed.forms)
     return replace(timed, missed=missed)
 
 
@@ -125,7 +133,7 @@ def bench_untrained(
     images_NCHW = numbered(images_NCHW.to(device, memory_format=torch.channels_last))
     net, point = drawn(net, images_NCHW, request.rate)
 
-    def run(plan: Plan) -> tuple[list[BenchRow], list[str]]:
+    def run(plan: Plan) -> Benched:
         return bench(net, dense, images_NCHW, [point], plan, bench_labels(config, device))
 
     return _timed(run, request, say)
@@ -146,17 +154,19 @@ def drawn(net: RoutedNet, images_NCHW: torch.Tensor, rate: float | None) -> tupl
     return made, Point(rate=rate, routes="uniform" if rate is None else "random")
 
 
-def _timed(run: Callable[[Plan], tuple[list[BenchRow], list[str]]], request: Request, say: Said) -> Timed:
+def _timed(run: Callable[[Plan], Benched], request: Request, say: Said) -> Timed:
     """All interleaved runs, one after the other."""
     rows: list[BenchRow] = []
     remarks: list[str] = []
+    forms: Forms = {}
     for threads, plan in request.plans():
         say(f"timing batch {plan.batch}, threads {threads}")
         with _threads(threads):
-            made, said = run(plan)
-        rows += made
-        remarks += said
-    return Timed(rows, list(dict.fromkeys(remarks)), [])
+            found = run(plan)
+        rows += found.rows
+        remarks += found.remarks
+        forms |= found.forms
+    return Timed(rows, list(dict.fromkeys(remarks)), [], forms)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from dynroute.bench.modes import (
     DTYPES,
     POOL,
+    Benched,
     DenseNet,
     Plan,
     Point,
@@ -17,6 +18,7 @@ from dynroute.bench.routes import Overruled, numbered, random_routes, uniform_ro
 __all__ = [
     "DTYPES",
     "POOL",
+    "Benched",
     "Case",
     "DenseNet",
     "Overruled",

@@ -23,7 +23,7 @@ from dynroute.contracts import InputError, Output, Setting
 from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
 from dynroute.routers import Router
-from dynroute.skipping import FastNet
+from dynroute.skipping import FastNet, Forms
 
 POOL = 256  # images at least through which the rounds rotate, where the data have so many
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,6 +33,14 @@ FORMS = {
     "compiled": "compiled",
 }  # of the dense net; the fastest is dense_best
 FALLEN = 0.95  # share of the dense net's multiply-adds below which time should have fallen too
+
+
+class Benched(NamedTuple):
+    """rows; remarks: what could not be timed, and units that run masked; forms: of the skipping run at the first point."""
+
+    rows: list[BenchRow]
+    remarks: list[str]
+    forms: Forms
 
 
 class Point(NamedTuple):
@@ -88,8 +96,8 @@ def bench(
     points: Sequence[Point],
     plan: Plan,
     labels: Mapping[str, Any],
-) -> tuple[list[BenchRow], list[str]]:
-    """Time all modes at all points in one interleaved run, with as many threads as torch is set to; rows and remarks.
+) -> Benched:
+    """Time all modes at all points in one interleaved run, with as many threads as torch is set to.
 
     dense: the plain static backbone. Each round takes the next images of the pool, all cases the same ones, so that routes
     vary as in use; before the clock starts the skipping runs have met every image of the pool once. labels: the columns of
@@ -109,7 +117,7 @@ def bench(
     rows = _rows(times, points, plan, net, labels)
     for row in rows:
         row.device, row.threads, row.clock = str(device), threads, clock_name
-    return rows, made.remarks
+    return Benched(rows, made.remarks, made.forms)
 
 
 def cast(net: RoutedNet, dtype: str) -> RoutedNet:
@@ -126,6 +134,7 @@ class _Cases:
 
     def __init__(self, net: RoutedNet, dense: Backbone, images_NCHW: Tensor, plan: Plan) -> None:
         self.net, self.plan, self.remarks = net.eval(), plan, list[str]()
+        self.forms: Forms = {}
         dtype = DTYPES[plan.dtype]
         self.images_NCHW = images_NCHW.to(dtype, memory_format=torch.channels_last)
         body = dense if dtype is torch.float32 else copy.deepcopy(dense)
@@ -169,6 +178,7 @@ class _Cases:
         """An executor that has measured its forms and met every image of the pool."""
         self.net.router.setting = point.setting
         hopeless = fast.warm_up(self.picked(0))
+        self.forms = self.forms or fast.forms
         if hopeless:
             batch = f"at batch {self.plan.batch}, {plural(fast.threads, 'thread')}"
             self.remarks.append(f"masked, because skipping gains nothing there {batch}: {', '.join(hopeless)}")

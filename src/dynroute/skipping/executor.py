@@ -21,6 +21,7 @@ from dynroute.net import RoutedNet, stack
 from dynroute.routers import Router
 from dynroute.skipping.cache import Key, Programs
 from dynroute.skipping.chain import FastLayer, Slab, entire, pooled
+from dynroute.skipping.forms import Forms, forms_for
 from dynroute.skipping.lowering import straight
 from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, gathered
 from dynroute.units import ConvUnit, Unit
@@ -43,7 +44,7 @@ class FastNet:
         self.chain = all(isinstance(unit, ConvUnit) for unit in self.plain)
         self.tensors = [t for t in (*net.parameters(), *net.buffers()) if not t.is_inference()]  # which never change
         self.pool: ThreadPoolExecutor | None = None
-        self.forms: dict[int, list[str]] = {}  # by size of the minibatch: of each unit, as measured by `warm_up`
+        self.forms: Forms = {}  # as measured by `warm_up`, or loaded
         self._take()
 
     def _take(self) -> None:
@@ -91,7 +92,7 @@ class FastNet:
     def _blocks(self, x_BCHW: Tensor, routes: Routes) -> Tensor:
         """The units, images in whatever order they are in; the feature maps in the first order."""
         mine, positive = self.stem.fresh, False
-        forms = self.forms.get(len(x_BCHW), [])
+        forms = forms_for(self.forms, len(x_BCHW))
         for u in range(len(self.units)):
             keys = routes.decide(u, partial(routes.shown, x_BCHW))
             out_BCHW = self._unit(u, x_BCHW, keys, routes, forms[u] if forms else None, mine, positive)
