@@ -126,7 +126,6 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/dmnn_step.py
 	$(BIN)/python benchmarks/agent_step.py
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
-	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/agreement.csv agreement
 	$(BIN)/python experiments/readme_table.py docs/dmnn_training.md benchmarks/results/dmnn_step.csv dmnn_step
 
 cifar100_small: .venv/ready
@@ -158,7 +157,7 @@ table: .venv/ready
 	$(BIN)/dynroute compare experiments/results/ablation --out experiments/results/ablation_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/ablation_comparison/table.md ablation
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
-	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/agreement.csv agreement
+	$(BIN)/python experiments/readme_table.py README.md benchmarks/results/trained.csv trained
 	$(BIN)/python experiments/readme_table.py docs/dmnn_training.md benchmarks/results/dmnn_step.csv dmnn_step
 
 clean:

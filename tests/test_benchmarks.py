@@ -141,3 +141,34 @@ def test_the_two_tables_of_a_comparison_may_stand_apart(tmp_path: Path) -> None:
 def test_the_document_has_a_place_for_the_table() -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert text.count("<!-- skipping: begin -->") == text.count("<!-- skipping: end -->") == 1
+
+
+def test_trained_runs_are_compared_and_timed(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, out = loaded(ROOT / "benchmarks" / "trained.py"), tmp_path / "trained.csv"
+    for name in ("dmnn", "rnp", "rnp"):
+        words = [str(runs[name]), "--flops-target", "0.7", "--seconds", "0", "--out", str(out)]
+        monkeypatch.setattr("sys.argv", ["trained.py", *words])
+        module.main()
+    rows = read_rows(out)
+    assert [(row["method"], row["batch"]) for row in rows] == [
+        (name, batch) for name in ("dmnn", "rnp") for batch in ("1", "64")
+    ], "a run measured again takes the place of its old rows"
+    for row in rows:
+        assert tuple(row) == module.COLUMNS and all(row.values())
+        assert row["other_routes"] == row["other_classes"] == "0" and row["top1_masked"] == row["top1_skipping"]
+        assert float(row["flops_ratio"]) > 1 and float(row["over_best"]) > 0
+    monkeypatch.setattr(module, "FastNet", lambda net, threads: Wrong(net) if threads == 2 else net)
+    assert module.agreement(module.Evaluator.of(runs["dmnn"]))["other_classes"] == int(rows[0]["images"])
+
+
+class Wrong:
+    """A fast run that is not right."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def __call__(self, x_BCHW: torch.Tensor) -> Any:
+        out = self.net(x_BCHW)
+        return out._replace(logits_BK=-out.logits_BK)
