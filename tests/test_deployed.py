@@ -1,4 +1,4 @@
-"""The Q-agent as FastNet asks it: the plain agent's values and decisions, whatever the cell, form, price and batch."""
+"""Routers as FastNet asks them: the plain ones' values and decisions, whatever the options, price and batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from dynroute.contracts import Setting, UnitSpec
 from dynroute.net import RoutedNet
 from dynroute.routers.base import Router
+from dynroute.routers.gates import DmnnOptions, GateRouter
 from dynroute.routers.qlearn import QRouter, RnpOptions
 from dynroute.skipping import FastNet
 from dynroute.testing import close, shake
@@ -91,6 +92,49 @@ def test_two_prices_in_one_minibatch() -> None:
         assert torch.equal(one, two)
 
 
+FREE = [UnitSpec(f"f{u}", channels, 4, "free", u > 0, (0.25,) * 4) for u, channels in enumerate((3, 9, 6))]
+TARGET: dict[str, Any] = {"target": 0.5}
+
+
+def gates(seed: int = 0, **options: Any) -> GateRouter:
+    """Random controllers, neither all open nor all closed."""
+    torch.manual_seed(seed)
+    router = GateRouter(FREE, DmnnOptions(hidden=16, **options))
+    shake(router)
+    with torch.no_grad():
+        for layer in router.gates:
+            layer.weight.normal_()  # type: ignore[operator, union-attr]
+            layer.bias.mul_(0.1)  # type: ignore[operator, union-attr]
+    return router.eval()
+
+
+@pytest.mark.parametrize("images", [1, 64])
+@pytest.mark.parametrize("asked", [TARGET, BUDGET])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("previous", [False, True])
+def test_gates_and_their_log_odds_are_the_plain_controllers(
+    previous: bool, norm: bool, asked: Any, images: int
+) -> None:
+    opened = []
+    for seed in range(3):
+        plain = gates(seed, norm=norm, previous=previous, **asked)
+        fast = plain.deployed()
+        for price in PRICES:
+            plain.price = fast.price = price
+            x = maps(FREE, images)
+            slow, quick = plain.begin(x[0]), fast.begin(x[0])
+            for u, x_BCHW in enumerate(x):
+                with torch.no_grad():
+                    both = fast.logits(u, x_BCHW, quick)[0]
+                    one, slow = plain.decide(u, x_BCHW, slow)
+                    two, quick = fast.decide(u, x_BCHW, quick)
+                assert torch.allclose(both[:, 1::2] - both[:, ::2], one.notes["logits"], atol=1e-5)
+                assert torch.equal(two.keep_BG, one.keep_BG)
+                opened.append(one.keep_BG.mean())
+    assert 0.05 < float(torch.stack(opened).mean()) < 0.95
+    assert fast.macs() == plain.macs()
+
+
 def test_prices_beyond_count_are_forgotten_and_right_again() -> None:
     plain = agent(NESTED, **BUDGET)
     fast, x = plain.deployed(), maps(NESTED, 8)
@@ -132,5 +176,5 @@ def test_a_fast_net_follows_weights_dial_and_limit(name: str, unit: str) -> None
 
 
 def test_a_router_without_a_deployed_form_decides_itself() -> None:
-    net = make_net("dmnn", "paths")
+    net = make_net("random", "paths")
     assert net.router.deployed() is net.router

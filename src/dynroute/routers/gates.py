@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dynroute.contracts import Batch, Decision, InputError, Output, Trace, UnitSpec
 from dynroute.routers.base import Net, Phase, Router, cross_entropy, legal, ranged
 from dynroute.routers.budget import KNOTS, Range, check_budget
+from dynroute.routers.deployed import DeployedGates
 
 FEEDBACK = 0.05  # step of a budget's target per minibatch and per share missed (ours)
 SLACK = 0.2  # and how far from its budget the target may move
@@ -124,9 +125,9 @@ class GateRouter(Router):
         self.range = Range(*options.budget) if options.budget else None
         if self.range:
             self.register_buffer("told_K", torch.linspace(*self.range, KNOTS))
-        size, self.told = options.hidden, 1 if self.range else 0
+        size, told = options.hidden, 1 if self.range else 0
         later = range(1, len(specs)) if options.previous else ()
-        self.features = nn.ModuleList(nn.Linear(s.in_channels + self.told, size, bias=False) for s in specs)  # W1
+        self.features = nn.ModuleList(nn.Linear(s.in_channels + told, size, bias=False) for s in specs)  # W1
         self.norms = nn.ModuleList(nn.BatchNorm1d(size) for _ in specs) if options.norm else None
         self.previous = nn.ModuleDict({str(u): nn.Linear(size, size, bias=False) for u in later})  # W2
         self.gates = nn.ModuleList(nn.Linear(size, 2 * s.parts) for s in specs)  # W3, b
@@ -161,7 +162,7 @@ class GateRouter(Router):
         """Each image's budget, where there is a range of them: drawn in training, set by the dial in eval."""
         if self.range is None:
             return Memory()
-        dialled_B = torch.full((len(x_BCHW),), self._asked()[0], device=x_BCHW.device)
+        dialled_B = torch.full((len(x_BCHW),), self.asked()[0], device=x_BCHW.device)
         asked_B = self.range.draw(len(x_BCHW), x_BCHW.device) if self.training else dialled_B
         return Memory(None, asked_B, self.range.read(self.told_K, asked_B))
 
@@ -183,7 +184,7 @@ class GateRouter(Router):
         logits_BG = closed_open_BG2[:, :, 1] - closed_open_BG2[:, :, 0]
         if state.told_B is not None:
             logits_BG = logits_BG + self.slopes[u] * state.told_B[:, None]
-        logits_BG = logits_BG - self._asked()[1] * self.get_buffer(f"share_{u}")
+        logits_BG = logits_BG - self.asked()[1] * self.get_buffer(f"share_{u}")
         notes = {"logits": logits_BG}
         if self.training and self.category is not None:
             notes["category"] = self.category[u](h_BD).float()
@@ -193,10 +194,14 @@ class GateRouter(Router):
         keep_BG = self._sample(logits_BG) if self.training else (logits_BG > 0).float()
         return Decision(legal(keep_BG, self.specs[u]), notes), state._replace(h_BD=h_BD)
 
+    def deployed(self) -> DeployedGates:
+        """The same decisions from fewer operations, weights as they are now."""
+        return DeployedGates(self)
+
     def macs(self) -> float:
-        """Linear layers of all controllers; the category classifiers do not run at test time."""
+        """Linear layers of all controllers as deployed: what is told goes into biases, the category classifiers do not run."""
         d = self.options.hidden
-        linear = sum((s.in_channels + self.told) * d + d * 2 * s.parts for s in self.specs)
+        linear = sum(s.in_channels * d + d * 2 * s.parts for s in self.specs)
         return float(linear + len(self.previous) * d * d)
 
     @torch.no_grad()
@@ -210,7 +215,7 @@ class GateRouter(Router):
         self.told_K -= FEEDBACK * self.range.overspent(asked_B, share_B, span)
         self.told_K.clamp_(wanted_K - SLACK, wanted_K + SLACK)
 
-    def _asked(self) -> tuple[float, float]:
+    def asked(self) -> tuple[float, float]:
         """(budget asked for, price on top per share of a unit), as the dial stands; no budget is asked for without a range."""
         return (0.0, self.price) if self.range is None else self.range.dial(self.price)
 
