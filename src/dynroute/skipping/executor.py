@@ -8,6 +8,7 @@ B images, U units, G parts.
 from __future__ import annotations
 
 import copy
+import operator
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, gathered
 from dynroute.units import ConvUnit, Unit
 
 MEMORY = 3.0  # times the weights of the net
+VERSION = operator.attrgetter("_version")  # of a tensor: counts changes in place
 
 
 class FastNet:
@@ -60,7 +62,7 @@ class FastNet:
 
     def _version(self) -> int:
         """Grows with every change of a weight or buffer in place: a step of training, a checkpoint loaded."""
-        return sum(tensor._version for tensor in self.tensors)
+        return sum(map(VERSION, self.tensors))
 
     def _ready(self) -> None:
         """Weights, dial and limit as they are now."""
