@@ -38,6 +38,7 @@ from dynroute.units import (
     PathBasic,
     PathBottleneck,
     PathInverted,
+    Place,
     Unit,
 )
 
@@ -73,18 +74,16 @@ def cases(batch: int) -> Iterator[Case]:
 def blocks(case: Case) -> tuple[Unit, Unit]:
     """(sub-blocks, the plain block)."""
     options = BackboneOptions(unit="paths", parts=case.parts, path_least=16)
-    shape: tuple[Any, ...] = ("unit", case.channels, case.channels, 1)
+    place = Place("unit", case.channels, case.channels, 1, case.pixels)
     if case.kind == "basic":
         sizes = options.sizes(case.channels)
-        return PathBasic(*shape, sizes, in_size=case.pixels), GroupedBasic(*shape, [sum(sizes)], in_size=case.pixels)
+        return PathBasic(place, sizes), GroupedBasic(place, [sum(sizes)])
     if case.kind == "bottleneck":
         hidden = case.channels // 4
         sizes = options.sizes(hidden, middle=True)
-        return PathBottleneck(*shape, sizes, in_size=case.pixels), GroupedBottleneck(
-            *shape, [hidden], in_size=case.pixels
-        )
+        return PathBottleneck(place, sizes), GroupedBottleneck(place, [hidden])
     sizes = options.sizes(6 * case.channels)
-    return PathInverted(*shape, sizes, in_size=case.pixels), GroupedInverted(*shape, [sum(sizes)], in_size=case.pixels)
+    return PathInverted(place, sizes), GroupedInverted(place, [sum(sizes)])
 
 
 class GroupedLast(PathBasic):
@@ -106,7 +105,7 @@ def other(case: Case) -> Unit | None:
     """The sub-blocks in the form not taken."""
     paths, _ = blocks(case)
     if isinstance(paths, PathBasic):
-        return GroupedLast("unit", case.channels, case.channels, 1, paths.sizes, in_size=case.pixels)
+        return GroupedLast(paths.place, paths.sizes)
     if isinstance(paths, PathBottleneck):
         paths.fold = False
         return paths

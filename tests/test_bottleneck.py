@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynroute.cost import CostTerms
 from dynroute.testing import check_unit, close, shake
-from dynroute.units import GroupedBottleneck, GroupedInverted, Unit, channel_mask, even_split, sliced_conv
+from dynroute.units import GroupedBottleneck, GroupedInverted, Place, Unit, channel_mask, even_split, sliced_conv
 
 SIZE = 7
 
@@ -26,7 +26,7 @@ def bottleneck(
     shortcut: str = "B",
 ) -> Any:
     torch.manual_seed(0)
-    return kind("unit", *channels, stride, even_split(10, parts), in_size=SIZE, shortcut=shortcut)
+    return kind(Place("unit", *channels, stride, SIZE, shortcut), even_split(10, parts))
 
 
 def inverted(
@@ -36,7 +36,7 @@ def inverted(
     channels: tuple[int, int] = (6, 6),
 ) -> Any:
     torch.manual_seed(0)
-    return kind("unit", *channels, stride, even_split(20, parts), in_size=SIZE)
+    return kind(Place("unit", *channels, stride, SIZE), even_split(20, parts))
 
 
 def skippable(unit: Any) -> Any:

@@ -27,7 +27,7 @@ from dynroute.routers.base import Router
 from dynroute.routers.gates import DmnnOptions, GateRouter
 from dynroute.routers.static import RandomOptions, RandomRouter, StaticOptions, StaticRouter
 from dynroute.testing import check_agreement, check_unit, close, count_macs, patterns, shake
-from dynroute.units import FEW, ChoiceBasic, ChoiceBottleneck, ChoiceUnit, Weights, choice_sizes
+from dynroute.units import FEW, ChoiceBasic, ChoiceBottleneck, ChoiceUnit, Place, Weights, choice_sizes
 from tiny import make_backbone, make_net, pictures
 
 KINDS = [ChoiceBasic, ChoiceBottleneck]
@@ -36,7 +36,7 @@ KINDS = [ChoiceBasic, ChoiceBottleneck]
 def make(kind: type[ChoiceUnit], stride: int = 1, shortcut: str = "B", sizes: tuple[int, ...] = (2, 3, 8)) -> Any:
     torch.manual_seed(0)
     channels = sizes[-1] * kind.expansion
-    return kind("unit", channels // stride, channels, stride, list(sizes), in_size=5, shortcut=shortcut)
+    return kind(Place("unit", channels // stride, channels, stride, 5, shortcut), list(sizes))
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
@@ -267,7 +267,7 @@ def test_alternatives_start_from_the_best_channels_of_the_plain_block(kind: type
 def test_without_a_full_width_alternative_there_is_no_plain_net() -> None:
     options = BackboneOptions(unit="choice", widths=[0.25, 0.5])
     net = make_net("static", "choice")
-    unit = ChoiceBasic("u", 8, 8, 1, options.sizes(8), in_size=5)
+    unit = ChoiceBasic(Place("u", 8, 8, 1, 5), options.sizes(8))
     assert unit.spec.part_shares == (0.5, 1.0)
     assert unit.cost_terms().total == net.backbone.routable[0].cost_terms().total * 25 / 256  # 5 x 5 pixels of 16 x 16
     with pytest.raises(InputError, match=r"backbone\.widths must hold 1\.0"):

@@ -22,6 +22,7 @@ from dynroute.units import (
     GroupedBottleneck,
     PathBottleneck,
     PathInverted,
+    Place,
     Unit,
     Weights,
     even_split,
@@ -40,12 +41,12 @@ def bottleneck(
     parts: int = 3, stride: int = 1, channels: tuple[int, int] = (12, 12), kind: Any = PathBottleneck
 ) -> Any:
     torch.manual_seed(0)
-    return kind("unit", *channels, stride, [4] * parts, in_size=SIZE)
+    return kind(Place("unit", *channels, stride, SIZE), [4] * parts)
 
 
 def inverted(parts: int = 3, stride: int = 1, channels: tuple[int, int] = (6, 6)) -> Any:
     torch.manual_seed(0)
-    return PathInverted("unit", *channels, stride, even_split(20, parts), in_size=SIZE)
+    return PathInverted(Place("unit", *channels, stride, SIZE), even_split(20, parts))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -57,7 +58,7 @@ def test_sub_blocks_keep_their_contract(make: Any, parts: int, stride: int, chan
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_aggregated_blocks_keep_their_contract(stride: int) -> None:
-    check_unit(AggregatedBottleneck("unit", 12, 20, stride, [6], in_size=SIZE, groups=2), SIZE)
+    check_unit(AggregatedBottleneck(Place("unit", 12, 20, stride, SIZE), [6], groups=2), SIZE)
 
 
 class OneNorm(PathBottleneck):
@@ -112,9 +113,14 @@ def test_batch_statistics_are_each_sub_blocks_own_and_see_all_images(unit: Any) 
 def as_torchvision(unit: PathBottleneck, stride: int) -> Bottleneck:
     """Torchvision's grouped block with the weights of all sub-blocks: last BatchNorms folded, their biases summed."""
     projection = unit.shortcut if isinstance(unit.shortcut, nn.Sequential) else None
-    each = unit.sizes[0] * 64 / (unit.out_channels // 4)
+    each = unit.sizes[0] * 64 / (unit.place.out_channels // 4)
     block = Bottleneck(
-        unit.in_channels, unit.out_channels // 4, stride, projection, groups=len(unit.sizes), base_width=each
+        unit.place.in_channels,
+        unit.place.out_channels // 4,
+        stride,
+        projection,
+        groups=len(unit.sizes),
+        base_width=each,
     )
     block.conv1.weight.copy_(unit.conv1.weight)
     block.bn1.load_state_dict(unit.bn1.state_dict())
@@ -134,7 +140,7 @@ def test_all_gates_open_is_a_net_of_torchvisions_grouped_blocks(parts: int) -> N
     backbone = make_backbone("resnet50", "paths", parts, width=8, size=32)
     shake(backbone)
     units = [unit for unit in backbone.routable if isinstance(unit, PathBottleneck)]
-    blocks = [as_torchvision(unit, unit.in_size // unit.out_size) for unit in units]
+    blocks = [as_torchvision(unit, unit.place.stride) for unit in units]
     theirs = nn.Sequential(backbone.stem, *blocks, backbone.head).eval()
     net = RoutedNet(backbone, make_router("static", backbone.specs)).eval()
     x = pictures(2, size=32)
@@ -162,7 +168,7 @@ def dense_bottleneck(
 ) -> tuple[GroupedBottleneck, dict[str, Tensor]]:
     """A whole bottleneck whose running statistics are those of the images of `maps`, and its weights."""
     torch.manual_seed(2)
-    block = GroupedBottleneck("unit", inputs, 64, stride, [16], in_size=size)
+    block = GroupedBottleneck(Place("unit", inputs, 64, stride, size), [16])
     shake(block)
     for name in ("bn1", "bn2", "bn3"):
         getattr(block, name).momentum = 1.0
@@ -176,7 +182,7 @@ def maps(channels: int, size: int = SIZE) -> Tensor:
 
 def imported(state: dict[str, Tensor], sizes: list[int], stride: int = 1, rank: str = "auto") -> PathBottleneck:
     first, last = state["conv1.weight"], state["conv3.weight"]
-    unit = PathBottleneck("unit", first.shape[1], last.shape[0], stride, sizes, in_size=SIZE)
+    unit = PathBottleneck(Place("unit", first.shape[1], last.shape[0], stride, SIZE), sizes)
     weights = Weights(state, rank=rank)
     unit.load_dense(weights)
     weights.finish()
@@ -222,7 +228,7 @@ def test_the_wider_sub_blocks_are_the_nearer_they_start(parts: int) -> None:
     distances = [distance(imported(state, [size] * parts), block) for size in (16 // parts, usual, 12, 16)]
     assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-5
     torch.manual_seed(0)
-    chance = distance(PathBottleneck("unit", 64, 64, 1, [usual] * parts, in_size=SIZE).eval(), block)
+    chance = distance(PathBottleneck(Place("unit", 64, 64, 1, SIZE), [usual] * parts).eval(), block)
     assert distances[1] < 0.8 * chance
 
 
@@ -258,7 +264,7 @@ def test_a_bottleneck_net_starts_from_a_plain_one(parts: int) -> None:
 
 
 def test_a_grouped_net_is_refused_as_the_start_of_sub_blocks() -> None:
-    source = AggregatedBottleneck("unit", 64, 64, 1, [16], in_size=SIZE, groups=4)
+    source = AggregatedBottleneck(Place("unit", 64, 64, 1, SIZE), [16], groups=4)
     with pytest.raises(
         InputError, match=r"conv2.weight has shape \(16, 4, 3, 3\), this backbone needs \(16, 16, 3, 3\)"
     ):

@@ -14,12 +14,23 @@ from torch import Tensor, nn
 
 from dynroute.cost import CostTerms
 from dynroute.testing import check_unit, close, shake
-from dynroute.units import BASIC, FEW, STATISTICS, BasicUnit, GroupedBasic, PathBasic, Reorder, WidthNorm, even_split
+from dynroute.units import (
+    BASIC,
+    FEW,
+    STATISTICS,
+    BasicUnit,
+    GroupedBasic,
+    PathBasic,
+    Place,
+    Reorder,
+    WidthNorm,
+    even_split,
+)
 
 
 def make(kind: type[BasicUnit], parts: int = 3, stride: int = 1, shortcut: str = "A") -> Any:
     torch.manual_seed(0)
-    return kind("unit", 8, 8 * stride, stride, even_split(8 * stride, parts), in_size=6, shortcut=shortcut)
+    return kind(Place("unit", 8, 8 * stride, stride, 6, shortcut), even_split(8 * stride, parts))
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])

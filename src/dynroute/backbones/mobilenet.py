@@ -8,7 +8,7 @@ from dynroute.backbones.base import Backbone, BackboneOptions, initialise
 from dynroute.contracts import InputError
 from dynroute.cost import conv_macs
 from dynroute.data import DataSpec
-from dynroute.units import INVERTED, even_split
+from dynroute.units import INVERTED, Place, even_split
 
 EXPANSION = 6
 # stage, output channels, blocks, stride of the first: rows 3 to 8 of the paper's table 2; stages by resolution are ours
@@ -59,9 +59,9 @@ class MobileNetV2(Backbone):
             for i in range(blocks):
                 name, sizes = f"features.{len(self.units) + 2}", even_split(channels * EXPANSION, options.parts)
                 first = 1 if i else stride
-                made = make(name, channels, out, first, sizes, in_size=size, stage=stage, stages=ROWS[-1][0])
-                self.units.append(made)
-                channels, size = out, made.out_size
+                place = Place(name, channels, out, first, size, "B", stage, ROWS[-1][0])
+                self.units.append(make(place, sizes))
+                channels, size = out, place.out_size
         self.head = nn.Sequential(
             nn.Conv2d(channels, last, 1, bias=False),
             nn.BatchNorm2d(last),

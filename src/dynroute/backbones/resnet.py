@@ -20,6 +20,7 @@ from dynroute.units import (
     ChoiceUnit,
     GroupedBottleneck,
     PathBottleneck,
+    Place,
 )
 
 Block = BasicUnit | GroupedBottleneck | PathBottleneck | ChoiceUnit | AggregatedBottleneck
@@ -81,19 +82,10 @@ class ResNet(Backbone):
             if groups:
                 sizes = [groups * (each * width // 64) << stage]
             for i in range(blocks):
-                made = make(
-                    f"layer{stage + 1}.{i}",
-                    channels,
-                    hidden * layout.expansion,
-                    2 if stage and not i else 1,
-                    sizes,
-                    in_size=size,
-                    shortcut="B",
-                    stage=stage + 1,
-                    stages=len(layout.blocks),
-                )
-                self.units.append(made)
-                channels, size = made.out_channels, made.out_size
+                name, out, stride = f"layer{stage + 1}.{i}", hidden * layout.expansion, 2 if stage and not i else 1
+                place = Place(name, channels, out, stride, size, "B", stage + 1, len(layout.blocks))
+                self.units.append(make(place, sizes))
+                channels, size = out, place.out_size
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, data.classes))
         self.fixed_macs += channels * data.classes
         self.dense_macs = self.fixed_macs + sum(term.total for term in self.terms())

@@ -7,7 +7,7 @@ from torch import nn
 from dynroute.backbones.base import Backbone, BackboneOptions, initialise
 from dynroute.cost import conv_macs
 from dynroute.data import DataSpec
-from dynroute.units import BASIC
+from dynroute.units import BASIC, Place
 
 
 class CifarResNet(Backbone):
@@ -28,19 +28,10 @@ class CifarResNet(Backbone):
         for stage in range(3):
             for i in range(blocks):
                 out, stride = width << stage, 2 if stage and not i else 1
-                made = BASIC[options.unit](
-                    f"layer{stage + 1}.{i}",
-                    channels,
-                    out,
-                    stride,
-                    options.sizes(out),
-                    in_size=size,
-                    shortcut=options.shortcut,
-                    stage=stage + 1,
-                    stages=3,
-                )
-                self.units.append(made)
-                channels, size = out, made.out_size
+                name = f"layer{stage + 1}.{i}"
+                place = Place(name, channels, out, stride, size, options.shortcut, stage + 1, 3)
+                self.units.append(BASIC[options.unit](place, options.sizes(out)))
+                channels, size = out, place.out_size
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, data.classes))
         self.fixed_macs = stem_macs + channels * data.classes
         # what a unit's cost calls its total is the plain block: all parts together, or the widest of alternatives

@@ -12,14 +12,15 @@ Two contracts hold for every unit and are checked by `testing.check_unit`:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import InputError, UnitSpec
-from dynroute.cost import CostTerms
+from dynroute.contracts import Form, InputError, UnitSpec
+from dynroute.cost import CostTerms, conv_macs
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")  # of a BatchNorm
 FEW = 8  # images of one width in a minibatch below which its batch statistics are too noisy to use (ours, measured)
@@ -168,14 +169,51 @@ class Residual(nn.Module):
         return F.relu(out) if self.relu else out
 
 
-def make_shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Identity where shapes agree; else option A (subsample and zero-pad) or B (1x1 projection with BatchNorm)."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    if kind == "A":
-        new = out_channels - in_channels
-        return Subsample(stride, new // 2, new - new // 2)
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+@dataclass(frozen=True)
+class Place:
+    """Where a block stands in a net and what it must fit there, however it is made and cut.
+
+    in_size: height (= width) of its input, for the MAC count. option: of the shortcut where shapes change, A or B.
+    stage: from 1, of stages.
+    """
+
+    name: str
+    in_channels: int
+    out_channels: int
+    stride: int
+    in_size: int
+    option: str = "B"
+    stage: int = 1
+    stages: int = 1
+
+    @property
+    def out_size(self) -> int:
+        """Height (= width) of the output."""
+        return (self.in_size + self.stride - 1) // self.stride
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the output has the shape of the input."""
+        return self.stride == 1 and self.in_channels == self.out_channels
+
+    def shortcut(self) -> nn.Module:
+        """Identity where shapes agree; else option A (subsample and zero-pad) or B (1x1 projection with BatchNorm)."""
+        if self.keeps_shape:
+            return nn.Identity()
+        if self.option == "A":
+            new = self.out_channels - self.in_channels
+            return Subsample(self.stride, new // 2, new - new // 2)
+        projection = nn.Conv2d(self.in_channels, self.out_channels, 1, self.stride, bias=False)
+        return nn.Sequential(projection, nn.BatchNorm2d(self.out_channels))
+
+    def shortcut_macs(self) -> int:
+        """Multiply-adds of the shortcut, which always runs."""
+        free = self.keeps_shape or self.option == "A"
+        return 0 if free else conv_macs(self.out_size, 1, self.in_channels, self.out_channels)
+
+    def spec(self, form: Form, shares: tuple[float, ...], skippable: bool) -> UnitSpec:
+        """What a router is told of a unit of so many parts here; shares: of the unit's multiply-adds."""
+        return UnitSpec(self.name, self.in_channels, len(shares), form, skippable, shares, self.stage, self.stages)
 
 
 def channel_mask(keep_BG: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import Form, UnitSpec
+from dynroute.contracts import Form
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import (
+    Place,
     Residual,
     Unit,
     Weights,
     WidthNorm,
     channel_mask,
     common_width,
-    make_shortcut,
     sliced_conv,
     sliced_norm,
     tensors,
@@ -32,40 +32,27 @@ from dynroute.units.ranking import best_first
 class BasicUnit(Unit):
     """A shared frame of the two basic-block units: 3x3 conv, BatchNorm, ReLU, 3x3 conv, BatchNorm, plus shortcut, ReLU.
 
-    sizes: hidden channels of each part. in_size: height (= width) of the input, for the MAC count.
+    sizes: hidden channels of each part.
     """
 
     form: Form
 
-    def __init__(
-        self,
-        name: str,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        sizes: list[int],
-        in_size: int,
-        shortcut: str = "A",
-        stage: int = 1,
-        stages: int = 1,
-    ) -> None:
+    def __init__(self, place: Place, sizes: list[int]) -> None:
         super().__init__()
         hidden = sum(sizes)
-        self.sizes, self.out_channels = sizes, out_channels
-        self.out_size = (in_size + stride - 1) // stride
-        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
-        self.conv1 = nn.Conv2d(in_channels, hidden, 3, stride, 1, bias=False)
+        self.place, self.sizes = place, sizes
+        self.shortcut = place.shortcut()
+        self.conv1 = nn.Conv2d(place.in_channels, hidden, 3, place.stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
         shares = tuple(size / hidden for size in sizes)
         skippable = self.form != "nested"
-        self.spec = UnitSpec(name, in_channels, len(sizes), self.form, skippable, shares, stage, stages)
+        self.spec = place.spec(self.form, shares, skippable)
 
     def cost_terms(self) -> CostTerms:
         """Both convolutions shrink with the hidden channels; a projection shortcut always runs."""
-        first = conv_macs(self.out_size, 3, self.spec.in_channels, 1)
-        second = conv_macs(self.out_size, 3, 1, self.out_channels)
-        projection = isinstance(self.shortcut, nn.Sequential)
-        always = conv_macs(self.out_size, 1, self.spec.in_channels, self.out_channels) if projection else 0
+        first = conv_macs(self.place.out_size, 3, self.place.in_channels, 1)
+        second = conv_macs(self.place.out_size, 3, 1, self.place.out_channels)
+        always = self.place.shortcut_macs()
         return CostTerms(always, tuple(float(size * (first + second)) for size in self.sizes))
 
     @torch.no_grad()
@@ -73,7 +60,7 @@ class BasicUnit(Unit):
         """Import conv1, bn1, conv2, bn2 and a projection shortcut; hidden channels are ranked by backbone.rank."""
         hidden = sum(self.sizes)
         first = weights.take("conv1.weight", *self.conv1.weight.shape)
-        last = weights.take("conv2.weight", self.out_channels, hidden, 3, 3)
+        last = weights.take("conv2.weight", self.place.out_channels, hidden, 3, 3)
         norm = weights.statistics("bn1", hidden)
         order = best_first(weights.rank, first, last, norm)
         if weights.rank != "none":
@@ -84,7 +71,7 @@ class BasicUnit(Unit):
         if isinstance(self.shortcut, nn.Sequential):
             weights.copy(self.shortcut[0], "shortcut.0")
             weights.copy(self.shortcut[1], "shortcut.1")
-        self.load_last(last[:, order], weights.statistics("bn2", self.out_channels))
+        self.load_last(last[:, order], weights.statistics("bn2", self.place.out_channels))
 
     def dealt(self, order: Tensor) -> Tensor:
         """The order in which the parts take the channels, best first: the first part the best ones."""
@@ -105,8 +92,8 @@ class GroupedBasic(BasicUnit):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.conv2 = nn.Conv2d(sum(self.sizes), self.out_channels, 3, 1, 1, bias=False)
-        self.bn2 = WidthNorm(self.out_channels, len(self.sizes))
+        self.conv2 = nn.Conv2d(sum(self.sizes), self.place.out_channels, 3, 1, 1, bias=False)
+        self.bn2 = WidthNorm(self.place.out_channels, len(self.sizes))
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run; keep_BG must be a prefix of ones. Where all images keep as much, the rest is not computed."""
@@ -177,8 +164,8 @@ class PathBasic(BasicUnit):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.conv2 = nn.ModuleList(nn.Conv2d(s, self.out_channels, 3, 1, 1, bias=False) for s in self.sizes)
-        self.bn2 = nn.ModuleList(nn.BatchNorm2d(self.out_channels) for _ in self.sizes)
+        self.conv2 = nn.ModuleList(nn.Conv2d(s, self.place.out_channels, 3, 1, 1, bias=False) for s in self.sizes)
+        self.bn2 = nn.ModuleList(nn.BatchNorm2d(self.place.out_channels) for _ in self.sizes)
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
@@ -205,7 +192,7 @@ class PathBasic(BasicUnit):
         """As for other basic blocks; the dense net is that of the plain block, which sub-blocks may exceed together."""
         terms = super().cost_terms()
         one = sum(terms.by_part_G) / sum(self.sizes)
-        return terms._replace(plain=terms.always + self.out_channels * one)
+        return terms._replace(plain=terms.always + self.place.out_channels * one)
 
     def dealt(self, order: Tensor) -> Tensor:
         """Sub-blocks get every N-th rank, so that they start equally good."""

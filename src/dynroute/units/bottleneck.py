@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import (
+    Place,
     Residual,
     Unit,
     Weights,
     WidthNorm,
     channel_mask,
-    make_shortcut,
     sliced_conv,
     sliced_norm,
     tensors,
@@ -36,35 +35,23 @@ class GroupedBottleneck(Unit):
     RNR incremental on ResNet-50; the paper gives no details, so the cut is ours: one choice of a narrows the outputs of
     conv1, both sides of conv2 (which carries the stride, as torchvision's v1.5 does) and the inputs of conv3. Masks go
     after BatchNorm and ReLU. bn1 sees the same at every width; bn2 and bn3 have statistics of their own for each.
-    sizes: channels of each group, before and after conv2. in_size: height (= width) of the input, for the MAC count.
+    sizes: channels of each group, before and after conv2.
     """
 
-    def __init__(
-        self,
-        name: str,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        sizes: list[int],
-        in_size: int,
-        shortcut: str = "B",
-        stage: int = 1,
-        stages: int = 1,
-    ) -> None:
+    def __init__(self, place: Place, sizes: list[int]) -> None:
         super().__init__()
         hidden, widths = sum(sizes), len(sizes)
-        self.sizes, self.in_channels, self.out_channels = sizes, in_channels, out_channels
-        self.in_size, self.out_size = in_size, (in_size + stride - 1) // stride
-        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.place, self.sizes = place, sizes
+        self.shortcut = place.shortcut()
+        self.conv1 = nn.Conv2d(place.in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, place.stride, 1, bias=False)
         self.bn2 = WidthNorm(hidden, widths)
-        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
-        self.bn3 = WidthNorm(out_channels, widths)
+        self.conv3 = nn.Conv2d(hidden, place.out_channels, 1, bias=False)
+        self.bn3 = WidthNorm(place.out_channels, widths)
         by_part = self.cost_terms().by_part_G
         shares = tuple(macs / sum(by_part) for macs in by_part)
-        self.spec = UnitSpec(name, in_channels, widths, "nested", False, shares, stage, stages)
+        self.spec = place.spec("nested", shares, False)
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run; keep_BG must be a prefix of ones."""
@@ -107,8 +94,7 @@ class GroupedBottleneck(Unit):
         because keeps of nested parts are prefixes.
         """
         by_width = [self._macs(hidden) for hidden in accumulate(self.sizes, initial=0)]
-        projection = isinstance(self.shortcut, nn.Sequential)
-        always = conv_macs(self.out_size, 1, self.in_channels, self.out_channels) if projection else 0
+        always = self.place.shortcut_macs()
         return CostTerms(always, tuple(float(more - less) for less, more in pairwise(by_width)))
 
     @torch.no_grad()
@@ -130,7 +116,7 @@ class GroupedBottleneck(Unit):
         for key in norm1:
             getattr(self.bn1, key).copy_(norm1[key][order1])
             getattr(self.bn2, key).copy_(norm2[key][order2])
-        for key, value in weights.statistics("bn3", self.out_channels).items():
+        for key, value in weights.statistics("bn3", self.place.out_channels).items():
             getattr(self.bn3, key).copy_(value)
         if isinstance(self.shortcut, nn.Sequential):
             weights.copy(self.shortcut[0], "shortcut.0")
@@ -147,45 +133,29 @@ class GroupedBottleneck(Unit):
 
     def _macs(self, hidden: int) -> int:
         """MACs of the three convolutions with so many hidden channels in each set."""
-        first = conv_macs(self.in_size, 1, self.in_channels, hidden)
-        return (
-            first + conv_macs(self.out_size, 3, hidden, hidden) + conv_macs(self.out_size, 1, hidden, self.out_channels)
-        )
+        first = conv_macs(self.place.in_size, 1, self.place.in_channels, hidden)
+        last = conv_macs(self.place.out_size, 1, hidden, self.place.out_channels)
+        return first + conv_macs(self.place.out_size, 3, hidden, hidden) + last
 
 
 class AggregatedBottleneck(Unit):
     """ResNeXt block (Xie et al., 2017): a bottleneck with a grouped 3x3 convolution, always whole; for static nets.
 
     DMNN with all gates open computes such a net. sizes: one number, hidden channels. groups: of the 3x3 convolution.
-    in_size: height (= width) of the input, for the MAC count.
     """
 
-    def __init__(
-        self,
-        name: str,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        sizes: list[int],
-        in_size: int,
-        shortcut: str = "B",
-        stage: int = 1,
-        stages: int = 1,
-        *,
-        groups: int,
-    ) -> None:
+    def __init__(self, place: Place, sizes: list[int], groups: int) -> None:
         super().__init__()
         (hidden,) = sizes
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.in_size, self.out_size = in_size, (in_size + stride - 1) // stride
-        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.place = place
+        self.shortcut = place.shortcut()
+        self.conv1 = nn.Conv2d(place.in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=groups, bias=False)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, place.stride, 1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
-        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.spec = UnitSpec(name, in_channels, 1, "nested", False, (1.0,), stage, stages)
+        self.conv3 = nn.Conv2d(hidden, place.out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(place.out_channels)
+        self.spec = place.spec("nested", (1.0,), False)
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The whole block, whatever is kept: nothing kept is not legal."""
@@ -201,11 +171,10 @@ class AggregatedBottleneck(Unit):
     def cost_terms(self) -> CostTerms:
         """One part; a projection shortcut is counted apart."""
         hidden = self.conv2.out_channels
-        first = conv_macs(self.in_size, 1, self.in_channels, hidden)
-        middle = conv_macs(self.out_size, 3, hidden, hidden, self.conv2.groups)
-        last = conv_macs(self.out_size, 1, hidden, self.out_channels)
-        projection = isinstance(self.shortcut, nn.Sequential)
-        always = conv_macs(self.out_size, 1, self.in_channels, self.out_channels) if projection else 0
+        first = conv_macs(self.place.in_size, 1, self.place.in_channels, hidden)
+        middle = conv_macs(self.place.out_size, 3, hidden, hidden, self.conv2.groups)
+        last = conv_macs(self.place.out_size, 1, hidden, self.place.out_channels)
+        always = self.place.shortcut_macs()
         return CostTerms(always, (float(first + middle + last),))
 
     @torch.no_grad()

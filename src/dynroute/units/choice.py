@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import InputError, UnitSpec
+from dynroute.contracts import InputError
 from dynroute.cost import CostTerms, conv_macs
-from dynroute.units.base import Residual, Unit, Weights, by_group, make_shortcut, tensors
+from dynroute.units.base import Place, Residual, Unit, Weights, by_group, tensors
 from dynroute.units.ranking import best_first
 
 
@@ -31,34 +31,21 @@ class Layer(NamedTuple):
 class ChoiceUnit(Unit):
     """ReLU(shortcut + the chosen alternative). Subclasses say which convolutions a block of some hidden width has.
 
-    sizes: hidden channels of each alternative. in_size: height (= width) of the input, for the MAC count. expansion:
-    output channels of the plain block over its hidden ones. The dense run is that of the widest alternative.
+    sizes: hidden channels of each alternative. expansion: output channels of the plain block over its hidden ones. The dense
+    run is that of the widest alternative.
     """
 
     expansion = 1
 
-    def __init__(
-        self,
-        name: str,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        sizes: list[int],
-        in_size: int,
-        shortcut: str = "A",
-        stage: int = 1,
-        stages: int = 1,
-    ) -> None:
+    def __init__(self, place: Place, sizes: list[int]) -> None:
         super().__init__()
-        self.sizes, self.stride, self.in_size = sizes, stride, in_size
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.out_size = (in_size + stride - 1) // stride
+        self.place, self.sizes = place, sizes
         self.widest = sizes.index(max(sizes))
-        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
+        self.shortcut = place.shortcut()
         self.bodies: nn.ModuleList = nn.ModuleList(_body(self.layers(size)) for size in sizes)
         dearest = self._macs(max(sizes))
         shares = tuple(self._macs(size) / dearest for size in sizes)
-        self.spec = UnitSpec(name, in_channels, len(sizes), "choice", False, shares, stage, stages)
+        self.spec = place.spec("choice", shares, False)
 
     def layers(self, hidden: int) -> list[Layer]:
         """The convolutions of a block with so many hidden channels."""
@@ -67,7 +54,7 @@ class ChoiceUnit(Unit):
     @property
     def hidden(self) -> int:
         """Hidden channels of the plain block."""
-        return self.out_channels // self.expansion
+        return self.place.out_channels // self.expansion
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """Each image through its own alternative alone; a row without any is the pure shortcut.
@@ -91,8 +78,7 @@ class ChoiceUnit(Unit):
 
     def cost_terms(self) -> CostTerms:
         """Each alternative by itself; a projection shortcut always runs. The dense net is that of the plain block."""
-        projection = isinstance(self.shortcut, nn.Sequential)
-        always = conv_macs(self.out_size, 1, self.in_channels, self.out_channels) if projection else 0
+        always = self.place.shortcut_macs()
         by_part = tuple(float(self._macs(size)) for size in self.sizes)
         return CostTerms(always, by_part, plain=always + self._macs(self.hidden))
 
@@ -114,7 +100,7 @@ class ChoiceUnit(Unit):
         ]
         for body, size in zip(self.bodies, self.sizes, strict=True):
             kept = [order[:size] for order in orders]
-            every = [torch.arange(n, device=convs[0].device) for n in (self.in_channels, self.out_channels)]
+            every = [torch.arange(n, device=convs[0].device) for n in (self.place.in_channels, self.place.out_channels)]
             for i, (inputs, outputs) in enumerate(zip([every[0], *kept], [*kept, every[1]], strict=True)):
                 conv, norm = _pair(body, i)
                 conv.weight.copy_(convs[i][outputs][:, inputs])
@@ -135,7 +121,7 @@ class ChoiceUnit(Unit):
 
     def _macs(self, hidden: int) -> int:
         """MACs of a body with so many hidden channels."""
-        size, total = self.in_size, 0
+        size, total = self.place.in_size, 0
         for layer in self.layers(hidden):
             size = (size + layer.stride - 1) // layer.stride
             total += conv_macs(size, layer.kernel, layer.in_channels, layer.out_channels)
@@ -161,7 +147,10 @@ class ChoiceBasic(ChoiceUnit):
 
     def layers(self, hidden: int) -> list[Layer]:
         """Both convolutions shrink with the hidden channels."""
-        return [Layer(3, self.stride, self.in_channels, hidden), Layer(3, 1, hidden, self.out_channels)]
+        return [
+            Layer(3, self.place.stride, self.place.in_channels, hidden),
+            Layer(3, 1, hidden, self.place.out_channels),
+        ]
 
 
 class ChoiceBottleneck(ChoiceUnit):
@@ -172,9 +161,9 @@ class ChoiceBottleneck(ChoiceUnit):
     def layers(self, hidden: int) -> list[Layer]:
         """The middle convolution shrinks on both sides."""
         return [
-            Layer(1, 1, self.in_channels, hidden),
-            Layer(3, self.stride, hidden, hidden),
-            Layer(1, 1, hidden, self.out_channels),
+            Layer(1, 1, self.place.in_channels, hidden),
+            Layer(3, self.place.stride, hidden, hidden),
+            Layer(1, 1, hidden, self.place.out_channels),
         ]
 
 

@@ -9,9 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
-from dynroute.units.base import Residual, Unit, Weights, WidthNorm, channel_mask, sliced_conv, sliced_norm, tensors
+from dynroute.units.base import (
+    Place,
+    Residual,
+    Unit,
+    Weights,
+    WidthNorm,
+    channel_mask,
+    sliced_conv,
+    sliced_norm,
+    tensors,
+)
 from dynroute.units.paths import PathInverted
 from dynroute.units.ranking import best_first
 
@@ -22,33 +31,22 @@ class GroupedInverted(Unit):
     expand, BatchNorm, ReLU6, depthwise, BatchNorm, ReLU6, mask, project, BatchNorm by width; plus x where shapes agree.
     The mask goes after the depthwise stage: its BatchNorm would turn zeros into non-zeros, and as it works channel by
     channel it needs none before. For the same reason the first two BatchNorms see the same at every width.
-    sizes: expanded channels of each group. in_size: height (= width) of the input, for the MAC count.
+    sizes: expanded channels of each group.
     """
 
-    def __init__(
-        self,
-        name: str,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        sizes: list[int],
-        in_size: int,
-        stage: int = 1,
-        stages: int = 1,
-    ) -> None:
+    def __init__(self, place: Place, sizes: list[int]) -> None:
         super().__init__()
         hidden = sum(sizes)
-        self.sizes, self.out_channels = sizes, out_channels
-        self.in_size, self.out_size = in_size, (in_size + stride - 1) // stride
-        self.residual = stride == 1 and in_channels == out_channels
-        self.expand = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.place, self.sizes = place, sizes
+        self.residual = place.keeps_shape
+        self.expand = nn.Conv2d(place.in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, place.stride, 1, groups=hidden, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
-        self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
-        self.bn3 = WidthNorm(out_channels, len(sizes))
+        self.project = nn.Conv2d(hidden, place.out_channels, 1, bias=False)
+        self.bn3 = WidthNorm(place.out_channels, len(sizes))
         shares = tuple(size / hidden for size in sizes)
-        self.spec = UnitSpec(name, in_channels, len(sizes), "nested", False, shares, stage, stages)
+        self.spec = place.spec("nested", shares, False)
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run; keep_BG must be a prefix of ones, and without a residual sum not empty."""
@@ -87,9 +85,9 @@ class GroupedInverted(Unit):
     def cost_terms(self) -> CostTerms:
         """All three convolutions shrink with the expanded channels."""
         one = (
-            conv_macs(self.in_size, 1, self.spec.in_channels, 1)
-            + conv_macs(self.out_size, 3, 1, 1)
-            + conv_macs(self.out_size, 1, 1, self.out_channels)
+            conv_macs(self.place.in_size, 1, self.place.in_channels, 1)
+            + conv_macs(self.place.out_size, 3, 1, 1)
+            + conv_macs(self.place.out_size, 1, 1, self.place.out_channels)
         )
         return CostTerms(0, tuple(float(size * one) for size in self.sizes))
 
@@ -104,7 +102,7 @@ class GroupedInverted(Unit):
         for name, layer in layers.items():
             for key, target in tensors(layer).items():
                 target.copy_(weights.take(f"{name}.{key}", *target.shape)[order])
-        for key, value in weights.statistics("conv.3", self.out_channels).items():
+        for key, value in weights.statistics("conv.3", self.place.out_channels).items():
             getattr(self.bn3, key).copy_(value)
 
     def dense_state(self) -> dict[str, Tensor]:

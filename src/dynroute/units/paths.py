@@ -16,15 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import (
     STATISTICS,
+    Place,
     Residual,
     Unit,
     Weights,
     folded_conv,
-    make_shortcut,
     sliced_conv,
     sliced_norm,
     tensors,
@@ -48,40 +47,27 @@ def path_share(parts: int) -> float:
 class PathBottleneck(Unit):
     """Bottleneck split into N sub-blocks (1x1, 3x3, 1x1 each) with a switch each: ReLU(shortcut + sum of open ones).
 
-    The stride is in the 3x3 convolutions. sizes: hidden channels of each sub-block, all equal. in_size: height (= width) of
-    the input, for the MAC count.
+    The stride is in the 3x3 convolutions. sizes: hidden channels of each sub-block, all equal.
     """
 
     expansion = 4
     fold = True  # the last BatchNorms by `folded_sum` in training; the same numbers, fewer of them
     additive = True
 
-    def __init__(
-        self,
-        name: str,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        sizes: list[int],
-        in_size: int,
-        shortcut: str = "B",
-        stage: int = 1,
-        stages: int = 1,
-    ) -> None:
+    def __init__(self, place: Place, sizes: list[int]) -> None:
         super().__init__()
         assert len(set(sizes)) == 1, "the open sub-blocks run as one grouped convolution, so they are equally wide"
         hidden = sum(sizes)
-        self.sizes, self.in_channels, self.out_channels = sizes, in_channels, out_channels
-        self.in_size, self.out_size = in_size, (in_size + stride - 1) // stride
-        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.place, self.sizes = place, sizes
+        self.shortcut = place.shortcut()
+        self.conv1 = nn.Conv2d(place.in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.conv2 = nn.ModuleList(nn.Conv2d(s, s, 3, stride, 1, bias=False) for s in sizes)
+        self.conv2 = nn.ModuleList(nn.Conv2d(s, s, 3, place.stride, 1, bias=False) for s in sizes)
         self.bn2 = nn.BatchNorm2d(hidden)
-        self.conv3 = nn.ModuleList(nn.Conv2d(s, out_channels, 1, bias=False) for s in sizes)
-        self.bn3 = nn.ModuleList(nn.BatchNorm2d(out_channels) for _ in sizes)
+        self.conv3 = nn.ModuleList(nn.Conv2d(s, place.out_channels, 1, bias=False) for s in sizes)
+        self.bn3 = nn.ModuleList(nn.BatchNorm2d(place.out_channels) for _ in sizes)
         shares = (1 / len(sizes),) * len(sizes)
-        self.spec = UnitSpec(name, in_channels, len(sizes), "free", True, shares, stage, stages)
+        self.spec = place.spec("free", shares, True)
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
@@ -117,8 +103,7 @@ class PathBottleneck(Unit):
 
     def cost_terms(self) -> CostTerms:
         """Each sub-block by itself; a projection shortcut always runs. The dense net is that of the plain block."""
-        projection = isinstance(self.shortcut, nn.Sequential)
-        always = conv_macs(self.out_size, 1, self.in_channels, self.out_channels) if projection else 0
+        always = self.place.shortcut_macs()
         by_part = tuple(float(self._macs(size)) for size in self.sizes)
         return CostTerms(always, by_part, plain=always + self._macs(self.hidden))
 
@@ -135,9 +120,9 @@ class PathBottleneck(Unit):
         part, or backbone.path_width=1). Raises InputError where names or shapes do not fit.
         """
         hidden, rank = self.hidden, weights.rank
-        first = weights.take("conv1.weight", hidden, self.in_channels, 1, 1)
+        first = weights.take("conv1.weight", hidden, self.place.in_channels, 1, 1)
         middle = weights.take("conv2.weight", hidden, hidden, 3, 3)
-        last = weights.take("conv3.weight", self.out_channels, hidden, 1, 1)
+        last = weights.take("conv3.weight", self.place.out_channels, hidden, 1, 1)
         norm1, norm2 = (weights.statistics(name, hidden) for name in ("bn1", "bn2"))
         hands = taken(best_first(rank, middle, last, norm2), self.sizes, rank)
         cuts = [
@@ -152,7 +137,7 @@ class PathBottleneck(Unit):
             getattr(self.bn1, key).copy_(norm1[key][inputs])
             getattr(self.bn2, key).copy_(torch.cat([norm[key] for _, _, norm in cuts]))
         shares = copies(outputs, hidden)[:, None, None]
-        norm3 = weights.statistics("bn3", self.out_channels)
+        norm3 = weights.statistics("bn3", self.place.out_channels)
         shared_out(last[:, outputs] / shares, norm3, self.sizes, self.conv3, self.bn3)
         if isinstance(self.shortcut, nn.Sequential):
             weights.copy(self.shortcut[0], "shortcut.0")
@@ -161,51 +146,40 @@ class PathBottleneck(Unit):
     @property
     def hidden(self) -> int:
         """Hidden channels of the plain block."""
-        return self.out_channels // self.expansion
+        return self.place.out_channels // self.expansion
 
     def _macs(self, hidden: int) -> int:
         """MACs of three convolutions with so many hidden channels."""
-        first = conv_macs(self.in_size, 1, self.in_channels, hidden)
-        last = conv_macs(self.out_size, 1, hidden, self.out_channels)
-        return first + conv_macs(self.out_size, 3, hidden, hidden) + last
+        first = conv_macs(self.place.in_size, 1, self.place.in_channels, hidden)
+        last = conv_macs(self.place.out_size, 1, hidden, self.place.out_channels)
+        return first + conv_macs(self.place.out_size, 3, hidden, hidden) + last
 
 
 class PathInverted(Unit):
     """Inverted residual split into N sub-blocks of expansion t/N with a switch each: shortcut + sum of open ones, no ReLU.
 
     Blocks whose shape changes have a 1x1 projection with BatchNorm as their shortcut, which the plain net lacks: equation
-    (4) needs one, and the paper's parameters show it. sizes: expanded channels of each sub-block. in_size: height
-    (= width) of the input, for the MAC count. The last BatchNorms are not folded by covariance in training: sub-blocks are
-    wider than their output here, so that covariances cost more than outputs (`benchmarks/dmnn_step.py`).
+    (4) needs one, and the paper's parameters show it. sizes: expanded channels of each sub-block. The last
+    BatchNorms are not folded by covariance in training: sub-blocks are wider than their output here, so that covariances
+    cost more than outputs (`benchmarks/dmnn_step.py`).
     """
 
     fold = True  # as for bottlenecks
     additive = True
 
-    def __init__(
-        self,
-        name: str,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        sizes: list[int],
-        in_size: int,
-        stage: int = 1,
-        stages: int = 1,
-    ) -> None:
+    def __init__(self, place: Place, sizes: list[int]) -> None:
         super().__init__()
         hidden = sum(sizes)
-        self.sizes, self.out_channels = sizes, out_channels
-        self.in_size, self.out_size = in_size, (in_size + stride - 1) // stride
-        self.shortcut = make_shortcut("B", in_channels, out_channels, stride)
-        self.expand = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.place, self.sizes = place, sizes
+        self.shortcut = place.shortcut()
+        self.expand = nn.Conv2d(place.in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, place.stride, 1, groups=hidden, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
-        self.project = nn.ModuleList(nn.Conv2d(s, out_channels, 1, bias=False) for s in sizes)
-        self.bn3 = nn.ModuleList(nn.BatchNorm2d(out_channels) for _ in sizes)
+        self.project = nn.ModuleList(nn.Conv2d(s, place.out_channels, 1, bias=False) for s in sizes)
+        self.bn3 = nn.ModuleList(nn.BatchNorm2d(place.out_channels) for _ in sizes)
         shares = tuple(size / hidden for size in sizes)
-        self.spec = UnitSpec(name, in_channels, len(sizes), "free", True, shares, stage, stages)
+        self.spec = place.spec("free", shares, True)
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run: shortcut + sum of gate times sub-block."""
@@ -232,14 +206,13 @@ class PathInverted(Unit):
 
     def cost_terms(self) -> CostTerms:
         """All convolutions shrink with the expanded channels; a projection always runs, but the plain net has none."""
-        inputs = self.spec.in_channels
+        inputs = self.place.in_channels
         one = (
-            conv_macs(self.in_size, 1, inputs, 1)
-            + conv_macs(self.out_size, 3, 1, 1)
-            + conv_macs(self.out_size, 1, 1, self.out_channels)
+            conv_macs(self.place.in_size, 1, inputs, 1)
+            + conv_macs(self.place.out_size, 3, 1, 1)
+            + conv_macs(self.place.out_size, 1, 1, self.place.out_channels)
         )
-        projection = isinstance(self.shortcut, nn.Sequential)
-        always = conv_macs(self.out_size, 1, inputs, self.out_channels) if projection else 0
+        always = self.place.shortcut_macs()
         return CostTerms(always, tuple(float(size * one) for size in self.sizes), plain=float(sum(self.sizes) * one))
 
     @torch.no_grad()
@@ -249,7 +222,7 @@ class PathInverted(Unit):
         A projection shortcut starts at zero: with all sub-blocks open, the eval-mode net computes the dense net exactly.
         """
         hidden = sum(self.sizes)
-        last = weights.take("conv.2.weight", self.out_channels, hidden, 1, 1)
+        last = weights.take("conv.2.weight", self.place.out_channels, hidden, 1, 1)
         norm = weights.statistics("conv.1.1", hidden)
         order = best_first(weights.rank, weights.take("conv.0.0.weight", *self.expand.weight.shape), last, norm)
         if weights.rank != "none":
@@ -258,7 +231,9 @@ class PathInverted(Unit):
         for name, layer in layers.items():
             for key, target in tensors(layer).items():
                 target.copy_(weights.take(f"{name}.{key}", *target.shape)[order])
-        shared_out(last[:, order], weights.statistics("conv.3", self.out_channels), self.sizes, self.project, self.bn3)
+        shared_out(
+            last[:, order], weights.statistics("conv.3", self.place.out_channels), self.sizes, self.project, self.bn3
+        )
         if isinstance(self.shortcut, nn.Sequential):
             for value in (self.shortcut[1].weight, self.shortcut[1].bias):
                 nn.init.zeros_(cast(Tensor, value))
