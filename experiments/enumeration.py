@@ -267,16 +267,16 @@ def main(words: list[str] | None = None) -> int:
     """Print a row a charge and seed, and write them where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--images", type=int, default=12_000, help="fresh images, half to judge by [12000]")
-    parser.add_argument("--steps", type=int, default=3000, help="minibatches of the agent [3000]")
-    parser.add_argument("--charge", type=float, action="append", help="of one action; repeatable [0.05, 0.1, 0.2]")
+    parser.add_argument("--images", type=int, default=40_000, help="fresh images, half to judge by [40000]")
+    parser.add_argument("--steps", type=int, default=4000, help="minibatches of the agent [4000]")
+    parser.add_argument("--charge", type=float, action="append", help="of one action; repeatable [0.1]")
     parser.add_argument("--seeds", default="0,1,2", help="of agent and oracle [0,1,2]")
     parser.add_argument("--out", type=Path, help="CSV file")
     asked = parser.parse_args(words)
     try:
         known, unseen = worlds(asked.run, asked.images)
         rows = []
-        for charge, seed in itertools.product(asked.charge or [0.05, 0.1, 0.2], map(int, asked.seeds.split(","))):
+        for charge, seed in itertools.product(asked.charge or [0.1], map(int, asked.seeds.split(","))):
             row: dict[str, object] = dict(judged(known, unseen, charge, seed, asked.steps))
             print(", ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
             rows.append(row | {"run": asked.run.name, "commit": commit(), "machine": machine(torch.device("cpu"))})
