@@ -341,13 +341,16 @@ def test_eval_latency_is_the_same_measurement(
 ) -> None:
     def slow(self: Any, settings: Any, plan: Any, split: str) -> Any:
         assert plan.modes == {"dense", "skipping"} and plan.batch == 1
-        row = BenchRow(**LABELS, mode="skipping", macs_share=0.6, speedup=0.9, latency_ms_p50=7.0, threads=1)
+        row = BenchRow(
+            **LABELS, mode="skipping", macs_share=0.6, speedup=0.9, latency_ms_p50=7.0, images_per_s=125.0, threads=1
+        )
         return Benched([row], [], {})
 
     monkeypatch.setattr("dynroute.runs.Evaluator.bench", slow)
     out, err = said(capsys, "eval", runs["static"], "--latency", "--json")
     (row,) = json.loads(out)["rows"]
     assert (row["latency_ms_p50"], row["speedup"], row["latency_batch"], row["latency_device"]) == (7.0, 0.9, 1, "cpu")
+    assert row["latency_ms_mean"] == 8.0
     assert "time does not: 0.90x" in err
 
 

@@ -80,7 +80,9 @@ def test_the_curve_has_ten_targets_from_end_to_end(run: Path, capsys: Capture) -
     assert len(read_rows(run / "curve.csv")) == 10
 
 
-def test_milliseconds_become_a_target_by_the_table_of_this_machine(run: Path, capsys: Capture) -> None:
+def test_milliseconds_become_a_target_by_the_table_of_this_machine(
+    run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["eval", str(run), "--latency-target", "3"]) == 2
     assert f"dynroute bench {run}" in capsys.readouterr().err
     own = {
@@ -89,13 +91,24 @@ def test_milliseconds_become_a_target_by_the_table_of_this_machine(run: Path, ca
         "threads": torch.get_num_threads(),
         "machine": made_runs.machine(torch.device("cpu")),
     }
-    timed = [{**own, "flops_target": t, "latency_ms_p50": ms, "macs_share": t} for t, ms in ((0.4, 2.0), (0.8, 4.0))]
+    timed = [
+        {**own, "flops_target": t, "images_per_s": 1e3 / ms, "macs_share": t} for t, ms in ((0.4, 2.0), (0.8, 4.0))
+    ]
     others = [
-        {**timed[0], **other, "latency_ms_p50": 9.0} for other in ({"mode": "masked"}, {"batch": 8}, {"machine": "x"})
+        {**timed[0], **other, "images_per_s": 100} for other in ({"mode": "masked"}, {"batch": 8}, {"machine": "x"})
     ]
     write_rows(run / "bench.csv", [*others, *timed])
     (row,) = evaluated(capsys, str(run), "--latency-target", "3")["rows"]
     assert row["flops_target"] == pytest.approx(0.6)
+    write_rows(run / "bench.csv", [*timed, {**timed[0], "mode": "dense_best", "images_per_s": 200}])
+    monkeypatch.setattr(made_runs, "dense_speed", lambda *_: 100.0)  # half as fast as then, so all takes twice as long
+    (row,) = evaluated(capsys, str(run), "--latency-target", "6")["rows"]
+    assert row["flops_target"] == pytest.approx(0.6)
+    monkeypatch.undo()
+    write_rows(run / "bench.csv", [*timed, {**timed[0], "images_per_s": "fast"}])
+    assert main(["eval", str(run), "--latency-target", "3"]) == 2
+    assert "could not convert" in capsys.readouterr().err
+    write_rows(run / "bench.csv", timed)
     assert main(["eval", str(run), "--latency-target", "1"]) == 3
     assert "out of reach" in capsys.readouterr().err
 

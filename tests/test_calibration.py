@@ -121,21 +121,17 @@ def test_a_broken_file_is_said(content: str, tmp_path: Path) -> None:
 # --- latency ----------------------------------------------------------------------------------------------------
 
 
-def table(*points: tuple[float, float]) -> list[dict[str, str]]:
-    return [{"macs_share": str(share), "latency_ms_p50": str(ms)} for share, ms in points]
-
-
 @pytest.mark.parametrize(("ms", "share"), [(2.0, 0.4), (3.0, 0.6), (5.0, 0.9), (6.0, 1.0), (99.0, 1.0)])
 def test_milliseconds_become_a_share(ms: float, share: float) -> None:
-    assert share_for_latency(table((0.8, 4.0), (0.4, 2.0), (1.0, 6.0)), ms) == pytest.approx(share)
+    assert share_for_latency([(0.8, 4.0), (0.4, 2.0), (1.0, 6.0)], ms) == pytest.approx(share)
 
 
 def test_a_dearer_net_that_ran_faster_is_noise() -> None:
-    rows = table((0.4, 2.0), (0.6, 4.0), (0.8, 3.0), (1.0, 5.0))
+    rows = [(0.4, 2.0), (0.6, 4.0), (0.8, 3.0), (1.0, 5.0)]
     shares = [share_for_latency(rows, ms) for ms in (2.0, 3.0, 3.9, 4.0, 4.5, 5.0)]
     assert shares == sorted(shares) and shares[1] == pytest.approx(0.5) and shares[3] == 0.8
 
 
 def test_too_short_a_time_is_out_of_reach() -> None:
     with pytest.raises(OutOfReach, match="1 ms an image is out of reach: the latency table has 2 to 4 ms"):
-        share_for_latency(table((0.4, 2.0), (0.8, 4.0)), 1.0)
+        share_for_latency([(0.4, 2.0), (0.8, 4.0)], 1.0)

@@ -84,7 +84,7 @@ CLOCK: dict[str, Any] = {"batch": 1, "threads": 1, "device": "cpu", "dtype": "fp
 
 def time(folder: Path, *rows: dict[str, Any]) -> None:
     """A bench.csv of the columns that matter here."""
-    empty = {"flops_target": "", "rate": "", "macs_share": 1.0, "images_per_s": 1.0, "speedup": "", "ideal_share": ""}
+    empty = {"flops_target": "", "rate": "", "macs_share": 1.0, "images_per_s": "", "speedup": "", "ideal_share": ""}
     write_rows(folder / "bench.csv", [{**empty, **CLOCK, **each} for each in rows])
 
 
@@ -121,6 +121,18 @@ def test_a_row_stands_at_equal_milliseconds_too(tmp_path: Path) -> None:
     (main,) = [x for x in cells(made.table) if x["method"] == "dmnn"]
     assert (main["latency ms"], main["speed-up"]) == ("3.00", "1.50x")
     assert "milliseconds per image" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_mean_time_counts_where_it_is_known(tmp_path: Path) -> None:
+    """The median of a cascade is the time of its cheap images."""
+    paths = timed(tmp_path)
+    own = {"mode": "skipping", "flops_target": 0.5, "latency_ms_p50": 1.0, "images_per_s": 500.0}
+    time(tmp_path / "r" / "dmnn0.5", own)
+    _, ms = lines(compare(paths, tmp_path / "out"))
+    assert (ms["cost"], ms["control_top1"]) == (2.0, pytest.approx(0.85))
+    rows = [net("dmnn", 0.5, 0.88, latency_ms_p50=1.0, latency_ms_mean=2.5)]
+    (line,) = compare(save(tmp_path / "s", *rows), tmp_path / "two").table.to_dict("records")
+    assert line["latency_ms"] == 2.5
 
 
 @pytest.mark.parametrize("change", [{"machine": "other"}, {"threads": 2}, {"dtype": "bf16"}, {"batch": 8}], ids=str)

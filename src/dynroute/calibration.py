@@ -12,6 +12,7 @@ import bisect
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,13 +165,13 @@ def _content(folder: Path) -> dict[str, Any]:
     return content
 
 
-def share_for_latency(rows: list[dict[str, str]], ms: float) -> float:
-    """The largest share at which an image takes at most so many milliseconds, linear between rows of a latency table.
+def share_for_latency(points: Sequence[tuple[float, float]], ms: float) -> float:
+    """The largest share at which an image takes at most so many milliseconds, linear between points of a latency table.
 
-    rows: columns latency_ms_p50 and macs_share. Where noise has a dearer net run faster, the time of the cheaper one counts.
-    Raises OutOfReach where even the cheapest row is slower.
+    points: share and milliseconds. Where noise has a dearer net run faster, the time of the cheaper one counts. Raises
+    OutOfReach where even the cheapest is slower.
     """
-    timed = sorted((float(row["macs_share"]), float(row["latency_ms_p50"])) for row in rows)
+    timed = sorted(points)
     slowest = list(itertools.accumulate((time for _, time in timed), max))
     if ms < slowest[0]:
         ends = f"{slowest[0]:.3g} to {slowest[-1]:.3g} ms"

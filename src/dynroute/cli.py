@@ -525,7 +525,7 @@ def print_results(results: list[Any]) -> None:
     )
     table = Table(title=f"{results[0].row.run} ({results[0].row.split})")
     timed = results[0].row.latency_ms_p50 is not None
-    for head in (*heads, *(("ms/image", "speed-up") if timed else ())):
+    for head in (*heads, *(("mean ms", "speed-up") if timed else ())):
         table.add_column(head, justify="right", no_wrap=True)
     for r in results:
         row = r.row
@@ -542,7 +542,7 @@ def print_results(results: list[Any]) -> None:
             str(row.n),
         ]
         clocked = row.latency_ms_p50 is not None  # controls are not
-        table.add_row(*cells, *([f"{row.latency_ms_p50:.2f}", f"{row.speedup:.2f}x"] if clocked else []))
+        table.add_row(*cells, *([f"{row.latency_ms_mean:.2f}", f"{row.speedup:.2f}x"] if clocked else []))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -56,11 +56,11 @@ def predict(
     net.eval()
     if flops_max is not None:
         net.set_limit(flops_max)
+    spec = trained_on(content, path)
     if latency_ms is not None:
-        target = latency_share(run, latency_ms, torch.device("cpu"))
+        target = latency_share(run, latency_ms, net, config, spec, torch.device("cpu"))
     if target is not None:
         net.router.setting = _setting(run, target, flops_max)
-    spec = trained_on(content, path)
     batches = loader(pictures(images, config.data.name, spec), spec, 64, train=False)
     fast, found = FastNet(net), list[Prediction]()
     fast.forms = load_forms(run / FORMS_FILE, fingerprint(path), environment(), len(net.backbone.specs))

@@ -62,6 +62,7 @@ class EvalRow:
     flops_max: float | None = None
     weights: str = ""
     latency_ms_p50: float | None = None
+    latency_ms_mean: float | None = None
     speedup: float | None = None
     latency_batch: int | None = None
     latency_threads: int | None = None
@@ -123,7 +124,7 @@ BENCH_COLUMNS = tuple(f.name for f in fields(BenchRow))
 BENCH_KEY = ("mode", "flops_target", "rate", "batch", "threads", "device", "dtype")
 EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))
 LATER = frozenset(
-    {"control", "price_other", "price_part", "share_low", "share_high", "flops_max"}
+    {"control", "price_other", "price_part", "share_low", "share_high", "flops_max", "latency_ms_mean"}
 )  # columns that older files lack; there they are empty
 NUMBERS = frozenset(f.name for f in fields(EvalRow) if "float" in str(f.type) or "int" in str(f.type))
 

@@ -211,6 +211,7 @@ class Evaluator:
             plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
             rows = self.bench([Point(target, setting)], plan, split).rows
             row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
+            row.latency_ms_mean = 1e3 / rows[-1].images_per_s
             row.latency_batch, row.latency_threads, row.latency_device = (
                 rows[-1].batch,
                 rows[-1].threads,
@@ -240,7 +241,7 @@ class Evaluator:
 
     def share_at(self, ms: float) -> float:
         """The share at which an image takes so many milliseconds, by the run's bench.csv: see `latency_share`."""
-        return latency_share(self.folder, ms, self.device)
+        return latency_share(self.folder, ms, self.net, self.config, self.data.spec, self.device)
 
     def controls(self, result: Result) -> list[Result]:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
@@ -342,11 +343,14 @@ class Evaluator:
         write_images(self.folder, setting, scores, part, self.data.spec)
 
 
-def latency_share(folder: Path, ms: float, device: torch.device) -> float:
-    """The share of the dense net's multiply-adds at which an image alone takes at most so many milliseconds.
+def latency_share(
+    folder: Path, ms: float, net: RoutedNet, config: Config, spec: DataSpec, device: torch.device
+) -> float:
+    """The share of the dense net's multiply-adds at which an image alone takes at most so many milliseconds in the mean.
 
-    By the rows of the run's bench.csv that this machine measured at batch 1 with as many threads as now. Raises InputError
-    where there are none, OutOfReach where the time is too short for any.
+    By the rows of the run's bench.csv that this machine measured at batch 1 with as many threads as now, their times
+    corrected by how fast the dense net is now: machines have good and bad hours. Raises InputError where there are none,
+    OutOfReach where the time is too short for any.
     """
     path, threads = folder / BENCH_FILE, torch.get_num_threads()
     wanted = {
@@ -357,14 +361,34 @@ def latency_share(folder: Path, ms: float, device: torch.device) -> float:
         "machine": machine(device),
     }
     rows = read_rows(path) if path.exists() else []
-    if rows and not {"mode", "macs_share", "latency_ms_p50"} <= rows[0].keys():
-        raise InputError(f"{path} is not a latency table: columns mode, macs_share and latency_ms_p50 are missing")
-    own = [row for row in rows if all(row.get(key) in (value, "", None) for key, value in wanted.items())]
-    own = [row for row in own if row.get("routes", "router") in ("router", "")]
+    if rows and not {"mode", "macs_share", "images_per_s"} <= rows[0].keys():
+        raise InputError(f"{path} is not a latency table: columns mode, macs_share and images_per_s are missing")
+    own = _matching(rows, wanted | {"routes": "router"})
     if len(own) < 2:
         command = f"dynroute bench {folder} --flops-target 0.4 --flops-target 0.8 --batch 1 --threads {threads}"
         raise InputError(f"{path} has no two skipping rows of this machine at batch 1, threads {threads}: {command}")
-    return share_for_latency(own, ms)
+    slower = 1.0
+    for row in _matching(rows, wanted | {"mode": "dense_best"}):
+        slower = float(row["images_per_s"]) / dense_speed(net, config, spec, device)
+    try:
+        points = [(float(row["macs_share"]), 1e3 * slower / float(row["images_per_s"])) for row in own]
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: {error}") from None
+    return share_for_latency(points, ms)
+
+
+def _matching(rows: Sequence[dict[str, str]], wanted: dict[str, str]) -> list[dict[str, str]]:
+    """The rows with these values, or with none, in these columns."""
+    return [row for row in rows if all(row.get(key) in (value, "", None) for key, value in wanted.items())]
+
+
+def dense_speed(net: RoutedNet, config: Config, spec: DataSpec, device: torch.device) -> float:
+    """Images a second of the plain dense net in its fastest form, one at a time, now, with as many threads as torch is set to."""
+    drawing = torch.Generator().manual_seed(0)
+    images_NCHW = torch.randn(8, spec.channels, spec.image_size, spec.image_size, generator=drawing).to(device)
+    dense = dense_twin(config, spec).backbone.to(device)
+    plan = Plan(seconds=1.0, modes=frozenset({"dense"}))
+    return bench(net, dense, images_NCHW, [], plan, bench_labels(config, device)).rows[-1].images_per_s
 
 
 def nearest(folder: Path) -> str:

@@ -125,7 +125,7 @@ def origins(table: pd.DataFrame) -> list[dict[str, str]]:
 
 def run_notes(made: Tables) -> tuple[str, ...]:
     """How to read the main table."""
-    return (*NOTES, TIME_NOTE) if made.main["latency_ms_p50"].notna().any() else NOTES
+    return (*NOTES, TIME_NOTE) if made.main["latency_ms"].notna().any() else NOTES
 
 
 def markdown(made: Tables, left_out: Sequence[LeftOut]) -> str:

@@ -34,7 +34,7 @@ COLUMNS = (
         "macs_p95",
     ),
     *("router_share", "top1", "top1_std", "top5", "n_seeds", "n", "reached", "static_top1", "vs_static"),
-    *("vs_static_low", "vs_static_high", "latency_ms_p50", "latency_clock", "speedup", "epochs", "params"),
+    *("vs_static_low", "vs_static_high", "latency_ms", "latency_clock", "speedup", "epochs", "params"),
     *("parts", "variant", "trained_for", "runs", "seeds", "commits", "machine", "config_hash", "torch", "weights"),
 )
 MEANS = ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1", "top5", "epochs")
@@ -54,7 +54,7 @@ def build(rows: list[Row], left_out: list[LeftOut]) -> Tables:
     Rows of the controls made from a line's own routes (column control) stand under it.
     top1_std: sample standard deviation over seeds, empty for one. reached: share within 0.02 of the target.
     static_top1: top-1 of the narrower static nets of equal multiply-adds; vs_static: top1 less that, in points of a percent.
-    latency_ms_p50: per image, of the smallest batch and fewest threads that were timed, as latency_clock says.
+    latency_ms: per image in the mean, of the smallest batch and fewest threads that were timed, as latency_clock says.
     """
     table = pool(rows)
     lines = controls.build(table.to_dict("records"), left_out)  # type: ignore[arg-type]
@@ -122,11 +122,12 @@ def _times(part: pd.DataFrame) -> dict[str, Any]:
         clock: Taken(*(sum(x) / len(seeds) for x in zip(*(t[clock] for t in seeds), strict=True))) for clock in clocks
     }
     same = len(part[LATENCY_SETTING].drop_duplicates()) == 1
-    stored = Taken(*(part[name].mean() if same else float("nan") for name in ("latency_ms_p50", "speedup")))
+    ms = part["latency_ms_mean"].fillna(part["latency_ms_p50"])
+    stored = Taken(*(values.mean() if same else float("nan") for values in (ms, part["speedup"])))
     taken = times[clocks[0]] if clocks else stored
     return {
         "times": times,
-        "latency_ms_p50": taken.ms,
+        "latency_ms": taken.ms,
         "speedup": taken.speedup,
         "latency_clock": str(clocks[0]) if clocks else "",
     }
@@ -174,7 +175,7 @@ CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "seeds": lambda r: f"n={r['n_seeds']}",
     "vs static": lambda r: _versus(r["vs_static"], r["vs_static_low"]),
     "95 % interval": lambda r: _interval(r["vs_static_low"], r["vs_static_high"]),
-    "latency ms": lambda r: _number(r["latency_ms_p50"], ".2f"),
+    "latency ms": lambda r: _number(r["latency_ms"], ".2f"),
     "speed-up": lambda r: _number(r["speedup"], ".2f", "x"),
     "epochs": lambda r: _number(r["epochs"], "g"),
 }

@@ -39,7 +39,7 @@ class Clock(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A time. ms: milliseconds per image, the median; speedup: over the dense net in its best form, nan where unknown."""
+    """A time. ms: of an image in the mean, or the median where no mean is stored. speedup: over the best dense form, or nan."""
 
     ms: float
     speedup: float
@@ -74,7 +74,10 @@ def of_row(row: Mapping[str, Any], timed: Iterable[Row]) -> dict[Clock, Taken]:
 
 
 def _taken(row: Mapping[str, Any]) -> Taken:
-    return Taken(row["latency_ms_p50"], float("nan") if row["speedup"] is None else row["speedup"])
+    mean = row.get("latency_ms_mean") or (
+        1e3 / row["images_per_s"] if row.get("images_per_s") else row["latency_ms_p50"]
+    )
+    return Taken(mean, float("nan") if row["speedup"] is None else row["speedup"])
 
 
 def clock_of(time: Row) -> Clock:
@@ -84,7 +87,10 @@ def clock_of(time: Row) -> Clock:
 
 def _typed(row: Mapping[str, str], file: Path) -> Row:
     try:
-        numbers = {name: float(row[name]) if row[name] else None for name in (*NUMBERS, "speedup", "ideal_share")}
+        numbers = {
+            name: float(row[name]) if row[name] else None
+            for name in (*NUMBERS, "images_per_s", "speedup", "ideal_share")
+        }
     except ValueError as error:
         raise InputError(f"{file}: {error}") from None
     if any(numbers[name] is None for name in ("batch", "threads", "latency_ms_p50")):
