@@ -358,6 +358,7 @@ def latency_share(
         "batch": "1",
         "threads": str(threads),
         "device": str(device),
+        "dtype": "fp32",
         "machine": machine(device),
     }
     rows = read_rows(path) if path.exists() else []
@@ -367,14 +368,14 @@ def latency_share(
     if len(own) < 2:
         command = f"dynroute bench {folder} --flops-target 0.4 --flops-target 0.8 --batch 1 --threads {threads}"
         raise InputError(f"{path} has no two skipping rows of this machine at batch 1, threads {threads}: {command}")
-    slower = 1.0
-    for row in _matching(rows, wanted | {"mode": "dense_best"}):
-        slower = float(row["images_per_s"]) / dense_speed(net, config, spec, device)
+    dense = _matching(rows, wanted | {"mode": "dense_best"})
     try:
-        points = [(float(row["macs_share"]), 1e3 * slower / float(row["images_per_s"])) for row in own]
+        points = [(float(row["macs_share"]), 1e3 / float(row["images_per_s"])) for row in own]
+        then = float(dense[0]["images_per_s"]) if dense else None
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path}: {error}") from None
-    return share_for_latency(points, ms)
+    slower = then / dense_speed(net, config, spec, device) if then else 1.0
+    return share_for_latency([(share, slower * time) for share, time in points], ms)
 
 
 def _matching(rows: Sequence[dict[str, str]], wanted: dict[str, str]) -> list[dict[str, str]]:
