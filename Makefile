@@ -15,7 +15,7 @@ DATA ?= data
 CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr multipath dmnn rnp
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
-CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_80 vanilla_100
+CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_40 rnp_60 rnp_80 dmnn_any dmnn_40 dmnn_60 dmnn_80
 SHAPES := dense widths rnr
 CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77

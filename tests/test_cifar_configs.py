@@ -83,6 +83,7 @@ def test_the_four_conv_rows_start(name: str, arrays: dict[str, Path], tmp_path: 
         "backbone.weights=null",
         "optim.teacher=null",
         "router.hidden=8",
+        "router.widths_epochs=1",
         "router.joint_epochs=1",
     ]
     words = rnp if name == "rnp" else ["router.epochs=1"]

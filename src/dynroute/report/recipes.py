@@ -191,7 +191,7 @@ def _rnp(row: Row) -> tuple[list[str], int]:
         return [train, f"{evaluate} --flops-target {RNP_SHARES[times]}"], 34
     share = row["macs_ratio_pct"] / 100
     stages = {"conv4": ("start", "rnp"), "vgg16": ("baseline", "widths", "rnp")}[row["backbone"]]
-    epochs = {"conv4": 7, "vgg16": 500}[row["backbone"]]
+    epochs = {"conv4": 16, "vgg16": 500}[row["backbone"]]
     steps = [step for stage in stages for step in _experiment(row, stage)[:1]]
     return [*steps, f"eval runs/{_kind(row)}/rnp --flops-target {share:g}"], epochs
 
@@ -199,7 +199,7 @@ def _rnp(row: Row) -> tuple[list[str], int]:
 def _vanilla(row: Row) -> tuple[list[str], int]:
     stage = VANILLA[row["backbone"]][row["macs_ratio_pct"]]
     name = stage if isinstance(stage, str) else f"vanilla_{stage}"
-    return _experiment(row, name), {"conv4": 6, "vgg16": 300}[row["backbone"]]
+    return _experiment(row, name), {"conv4": 15, "vgg16": 300}[row["backbone"]]
 
 
 def _experiment(row: Row, name: str) -> list[str]:
