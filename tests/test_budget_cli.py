@@ -105,9 +105,11 @@ def test_milliseconds_become_a_target_by_the_table_of_this_machine(
     (row,) = evaluated(capsys, str(run), "--latency-target", "6")["rows"]
     assert row["flops_target"] == pytest.approx(0.6)
     monkeypatch.undo()
-    write_rows(run / "bench.csv", [*timed, {**timed[0], "images_per_s": "fast"}])
-    assert main(["eval", str(run), "--latency-target", "3"]) == 2
-    assert "could not convert" in capsys.readouterr().err
+    for broken in ("fast", "nan", 0, "-3"):
+        for place in ({}, {"mode": "dense_best"}):
+            write_rows(run / "bench.csv", [*timed, {**timed[0], **place, "images_per_s": broken}])
+            assert main(["eval", str(run), "--latency-target", "3"]) == 2
+            assert f"images_per_s must be a number above 0, not '{broken}'" in capsys.readouterr().err
     write_rows(run / "bench.csv", timed)
     assert main(["eval", str(run), "--latency-target", "1"]) == 3
     assert "out of reach" in capsys.readouterr().err

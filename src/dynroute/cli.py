@@ -40,7 +40,8 @@ LatencyTarget = Annotated[
     typer.Option(
         "--latency-target",
         metavar="MS",
-        help="Milliseconds an image alone may take, which `dynroute bench` has made a table of: a FLOPs target.",
+        help="Milliseconds that an image alone may take in the mean, as a FLOPs target: by the table that `dynroute bench` "
+        "has made of this run on this machine, corrected by how fast the dense net is now.",
     ),
 ]
 

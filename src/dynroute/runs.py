@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import platform
 import re
@@ -369,11 +370,8 @@ def latency_share(
         command = f"dynroute bench {folder} --flops-target 0.4 --flops-target 0.8 --batch 1 --threads {threads}"
         raise InputError(f"{path} has no two skipping rows of this machine at batch 1, threads {threads}: {command}")
     dense = _matching(rows, wanted | {"mode": "dense_best"})
-    try:
-        points = [(float(row["macs_share"]), 1e3 / float(row["images_per_s"])) for row in own]
-        then = float(dense[0]["images_per_s"]) if dense else None
-    except (ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: {error}") from None
+    points = [(_above_0(row, "macs_share", path), 1e3 / _above_0(row, "images_per_s", path)) for row in own]
+    then = _above_0(dense[0], "images_per_s", path) if dense else None
     slower = then / dense_speed(net, config, spec, device) if then else 1.0
     return share_for_latency([(share, slower * time) for share, time in points], ms)
 
@@ -381,6 +379,17 @@ def latency_share(
 def _matching(rows: Sequence[dict[str, str]], wanted: dict[str, str]) -> list[dict[str, str]]:
     """The rows with these values, or with none, in these columns."""
     return [row for row in rows if all(row.get(key) in (value, "", None) for key, value in wanted.items())]
+
+
+def _above_0(row: dict[str, str], column: str, path: Path) -> float:
+    """A measured number. Raises InputError for anything but a finite one above 0."""
+    try:
+        value = float(row[column])
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"{path}: {column} must be a number above 0, not {row[column]!r}")
+    return value
 
 
 def dense_speed(net: RoutedNet, config: Config, spec: DataSpec, device: torch.device) -> float:
