@@ -5,8 +5,6 @@ N images of the split, U units, G parts. `report` reads these files without torc
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from dynroute.contracts import UnitSpec
 from dynroute.data import DataSpec, FileSplit, Split, loader
 from dynroute.measure import Scores
-from dynroute.records import CLASSES_FILE, IMAGES_FILE, IMAGES_FOLDER, UNITS_FILE, read_rows, write_rows
+from dynroute.records import CLASSES_FILE, IMAGES_FILE, IMAGES_FOLDER, UNITS_FILE, read_rows, write_file, write_rows
 
 ENDS = 5  # images from each end of a class's costs
 CLASSES = 10  # classes of which images are kept
@@ -96,11 +94,6 @@ def _pixels(split: Split | FileSplit, spec: DataSpec) -> list[np.ndarray[Any, An
 
 def _save(pixels: np.ndarray[Any, Any], path: Path) -> None:
     """One PNG, written in one step."""
-    path.parent.mkdir(exist_ok=True)
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        image.save(file, "PNG")
-    Path(name).chmod(0o644)
-    Path(name).replace(path)
+    write_file(path, lambda file: image.save(file, "PNG"))

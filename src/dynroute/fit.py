@@ -6,8 +6,6 @@ Every random number of an epoch comes from (seed, epoch), so a resumed run needs
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +20,7 @@ from dynroute.contracts import Advice, Batch, InputError, Output
 from dynroute.data import Dataset, limited, loader
 from dynroute.measure import evaluate
 from dynroute.net import RoutedNet
-from dynroute.records import TRAIN_FILE, write_rows
+from dynroute.records import TRAIN_FILE, write_file, write_rows
 from dynroute.routers import NOTE, Phase, ranged
 
 LAST, BEST = "last.pt", "best.pt"
@@ -365,16 +363,7 @@ def _save(net: RoutedNet, path: Path, rows: list[dict[str, Any]], meta: Any, opt
         "optimizers": optimizers,
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_file(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import csv
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dynroute.contracts import InputError
 
@@ -134,18 +134,23 @@ def as_dict(row: EvalRow | BenchRow) -> dict[str, Any]:
     return asdict(row)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file in one step: a reader sees the old text or the new, never a half of it."""
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace the file in one step: a reader sees the old one or the new, never a half of it. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            write(file)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_file` of a text."""
+    write_file(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:

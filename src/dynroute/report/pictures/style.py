@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynroute.records import write_text
+from dynroute.records import write_file, write_text
 from dynroute.report.routed import Routed
 from dynroute.report.tables import STATIC
 
@@ -138,34 +136,21 @@ def finish(figure: Figure, data: pd.DataFrame, name: str, words: tuple[str, str]
 
 
 def save(figure: Figure, out: Path, name: str) -> tuple[Path, Path]:
-    """Write NAME.png and NAME.svg."""
+    """Write NAME.png and NAME.svg. The canvases are called directly: `savefig` draws twice."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     png, svg = out / f"{name}.png", out / f"{name}.svg"
     figure.set_dpi(DPI)
-    _replace(png, lambda part: FigureCanvasAgg(figure).print_png(part, metadata={"Software": None}))
+    write_file(png, lambda file: FigureCanvasAgg(figure).print_png(file, metadata={"Software": None}))
     figure.set_layout_engine("none")  # places are found once, not again for the second file
     with matplotlib.rc_context({"svg.hashsalt": "dynroute"}):  # otherwise the ids in the SVG are random
         undated = {"Date": None, "Creator": None}
-        _replace(svg, lambda part: FigureCanvasSVG(figure).print_svg(part, metadata=undated))
+        write_file(svg, lambda file: FigureCanvasSVG(figure).print_svg(file, metadata=undated))
     return png, svg
 
 
 def _own_ids(svg: str, name: str) -> str:
     """The SVG with ids that no other picture of the same page has."""
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-
-
-def _replace(path: Path, write: Callable[[str], object]) -> None:
-    """Write a file in one step, as `records.write_text` does text. The canvases are called directly: `savefig` draws twice."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(name)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
