@@ -235,17 +235,18 @@ def test_a_runtime_that_cannot_is_a_remark(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_another_runtime_has_a_row_and_may_be_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modes, "compiled", lambda dense, x: dense)
-    monkeypatch.setattr(modes, "onnxruntime", lambda dense, x: dense)
-    found = {
-        name: times([s]) for name, s in {"dense": 3.0, "executor": 2.0, "compiled": 1.0, "onnxruntime": 0.5}.items()
-    }
+    monkeypatch.setattr(modes, "onnxruntime", lambda net, x, outputs=(): net)
+    took = {"dense": 3.0, "executor": 2.0, "compiled": 1.0, "onnxruntime": 0.5, "onnx_skipping0": 0.25}
+    found = {name: times([seconds], [17.0]) for name, seconds in took.items()}
     rows = made_up(monkeypatch, found, modes=frozenset({"dense", "compiled", "onnxruntime"}))
     assert [(row.mode, row.speedup) for row in rows] == [
         ("dense", pytest.approx(1 / 3)),
         ("dense_best", 1.0),
         ("compiled", 1.0),
         ("onnxruntime", 2.0),
+        ("onnx_skipping", 4.0),
     ]
+    assert (rows[-1].macs_mean, rows[-1].routes, rows[-1].ideal_share) == (17.0, "router", None)
     assert rows[1].form == "compiled"
 
 

@@ -298,6 +298,52 @@ def predict(
         print(f"{p.file}  {p.label}  {p.confidence:.3f}  {p.macs / 1e6:.2f} M  {p.share:.3f}  {p.route}")
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The file to write.")],
+    target: Annotated[
+        float | None,
+        typer.Option(
+            "--flops-target",
+            metavar="X",
+            help="Share of the dense net's multiply-adds, within the range that `eval` has calibrated.",
+        ),
+    ] = None,
+    flops_max: FlopsMax = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--form",
+            help="skipping: one image a call, which takes its own route and computes no more than that. static: one route "
+            "for all, without the router, any number of images a call.",
+        ),
+    ] = "skipping",
+    route: Annotated[
+        str | None,
+        typer.Option(
+            "--route",
+            metavar="ROUTE",
+            help="static: that route, as in routes.csv [default: the most common one of the calibration split].",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run as an ONNX file for other runtimes, checked against the net. Needs the extra `export`, no data."""
+    from dataclasses import asdict
+
+    from dynroute import deployment
+
+    check_budgets([] if target is None else [target], flops_max)
+    with Status(f"exporting {run}"):
+        made = deployment.export(run, out, target, flops_max, form, route)
+    if as_json:
+        print(json.dumps(asdict(made), indent=2))
+        return
+    share = "trained point" if made.share is None else f"share {made.share:.3f}"
+    print(f"{made.file}  {made.form}  {share}  {made.bytes / 1e6:.1f} MB  logits within {made.apart:.1g} of the net's")
+
+
 @app.command("bench")
 def bench_command(
     source: Annotated[

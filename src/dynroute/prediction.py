@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from dynroute.assembly import fingerprint, restore, trained_on
-from dynroute.calibration import read_budget
-from dynroute.contracts import InputError, Setting
-from dynroute.data import loader, pictures
+from dynroute.calibration import Fit, read_budget
+from dynroute.config import Config
+from dynroute.contracts import InputError
+from dynroute.data import DataSpec, loader, pictures
 from dynroute.fit import LAST
+from dynroute.net import RoutedNet
 from dynroute.records import FORMS_FILE
 from dynroute.runs import environment, latency_share
 from dynroute.skipping import FastNet, load_forms
@@ -49,21 +51,11 @@ def predict(
     alone, which the run's bench.csv turns into a share. Raises InputError for a bad run or image and
     where the run's budget.json knows no setting, OutOfReach for a target or limit that no setting can meet.
     """
-    path = run / LAST
-    if not path.exists():
-        raise InputError(f"{run} is not a run folder: it holds no {LAST}")
-    net, config, content = restore(path)
-    net.eval()
-    if flops_max is not None:
-        net.set_limit(flops_max)
-    spec = trained_on(content, path)
-    if latency_ms is not None:
-        target = latency_share(run, latency_ms, net, config, spec, torch.device("cpu"))
-    if target is not None:
-        net.router.setting = _setting(run, target, flops_max)
-    batches = loader(pictures(images, config.data.name, spec), spec, 64, train=False)
+    opened = open_run(run, target, flops_max, latency_ms)
+    net, spec = opened.net, opened.spec
+    batches = loader(pictures(images, opened.config.data.name, spec), spec, 64, train=False)
     fast, found = FastNet(net), list[Prediction]()
-    fast.forms = load_forms(run / FORMS_FILE, fingerprint(path), environment(), len(net.backbone.specs))
+    fast.forms = load_forms(run / FORMS_FILE, fingerprint(run / LAST), environment(), len(net.backbone.specs))
     for batch in batches:
         out = fast(batch.images)
         best = torch.softmax(out.logits_BK.float(), 1).max(1)
@@ -83,10 +75,40 @@ def predict(
     return found
 
 
-def _setting(run: Path, target: float, flops_max: float | None) -> Setting:
+@dataclass
+class Opened:
+    """A trained run without its data: the net in eval(), its dial and limit set. fit: of the target; None: the trained point."""
+
+    net: RoutedNet
+    config: Config
+    spec: DataSpec
+    fit: Fit | None
+
+
+def open_run(
+    run: Path, target: float | None = None, flops_max: float | None = None, latency_ms: float | None = None
+) -> Opened:
+    """The net of a run folder at a target. Raises as `predict` does."""
+    path = run / LAST
+    if not path.exists():
+        raise InputError(f"{run} is not a run folder: it holds no {LAST}")
+    net, config, content = restore(path)
+    net.eval()
+    if flops_max is not None:
+        net.set_limit(flops_max)
+    spec = trained_on(content, path)
+    if latency_ms is not None:
+        target = latency_share(run, latency_ms, net, config, spec, torch.device("cpu"))
+    fit = None if target is None else _fit(run, target, flops_max)
+    if fit is not None:
+        net.router.setting = fit.setting
+    return Opened(net, config, spec, fit)
+
+
+def _fit(run: Path, target: float, flops_max: float | None) -> Fit:
     """What meets the target by the run's stored calibration, mixed from its neighbours where it was not asked for before."""
     known = read_budget(run, fingerprint(run / LAST), flops_max)
     if known is None or len(known.points) < 2:
         words = f"--flops-target {target:g}" + ("" if flops_max is None else f" --flops-max {flops_max:g}")
         raise InputError(f"{run} has no calibrated setting for {target:g} yet: dynroute eval {run} {words}")
-    return known.within_reach(target).setting
+    return known.within_reach(target)

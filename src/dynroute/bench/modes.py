@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dynroute.backbones import Backbone
-from dynroute.bench.others import Run, Unavailable, compiled, onnxruntime
+from dynroute.bench.others import Run, compiled, onnxruntime
 from dynroute.bench.rounds import LEAST, Case, Times, at, choose_clock, interleaved
 from dynroute.bench.routes import Opened
 from dynroute.contracts import InputError, Output, Setting
+from dynroute.export import OUTPUTS, SkippingGraph, Unavailable
 from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
 from dynroute.routers import Router
@@ -32,6 +33,7 @@ FORMS = {
     "executor": "executor",
     "compiled": "compiled",
 }  # of the dense net; the fastest is dense_best
+ONNX_SKIPPING = "onnx_skipping"  # the routed net in ONNX Runtime: one image a call
 FALLEN = 0.95  # share of the dense net's multiply-adds below which time should have fallen too
 
 
@@ -162,7 +164,7 @@ class _Cases:
             yield "all_on", Case(lambda turn: _call(whole, self.picked(turn)), _macs)
         for place, point in enumerate(points):
             for mode, run, read in self.routed(point):
-                if mode in modes:
+                if mode in modes or mode == ONNX_SKIPPING:
                     yield f"{mode}{place}", self.priced(point, run, read)
 
     def routed(self, point: Point) -> Iterator[tuple[str, Run, Callable[[Any], float]]]:
@@ -173,6 +175,13 @@ class _Cases:
             yield "skipping", self.filled(executor(self.net), point), _macs
         if "router" in self.plan.modes:
             yield "router", self.decisions(), lambda result: 0.0
+        if "onnxruntime" in self.plan.modes and self.plan.batch == 1:
+            self.net.router.setting = point.setting
+            try:
+                graph = SkippingGraph(self.net, nn.Identity())
+                yield ONNX_SKIPPING, onnxruntime(graph, self.picked(0), OUTPUTS), lambda result: float(result[-1][0])
+            except Unavailable as reason:
+                self.remarks.append(str(reason))
 
     def filled(self, fast: FastNet, point: Point) -> FastNet:
         """An executor that has measured its forms and met every image of the pool."""
@@ -291,7 +300,7 @@ def _rows(
         made.append(row("all_on", whole, whole.figure_R[0]))
         made[-1].ideal_share = 1.0
     for place, point in enumerate(points):
-        for mode in ("masked", "skipping"):
+        for mode in (ONNX_SKIPPING, "masked", "skipping"):
             taken = times.get(f"{mode}{place}")
             if taken:
                 macs = sum(taken.figure_R) / len(taken.figure_R)

@@ -36,10 +36,10 @@ class Overruled(Router):
         return self.router.begin(x_BCHW), self.routes_NUG[low_B + NUMERAL * high_B]
 
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
-        """The given keep of unit u, after the router has said its own."""
+        """The given keep of unit u, after the router has said its own, which is a note."""
         inner, routes_BUG = state
-        _, inner = self.router.decide(u, x_BCHW, inner)
-        return Decision(routes_BUG[:, u, : self.specs[u].parts], {}), (inner, routes_BUG)
+        said, inner = self.router.decide(u, x_BCHW, inner)
+        return Decision(routes_BUG[:, u, : self.specs[u].parts], {"unheard": said.keep_BG}), (inner, routes_BUG)
 
     def deployed(self) -> Overruled:
         """The same routes, a deployed router asked."""

@@ -14,6 +14,7 @@ from dynroute.routers.base import (
     legal,
     ranged,
     stacked,
+    takes_other,
 )
 from dynroute.routers.limit import Limit, options
 
@@ -76,4 +77,5 @@ __all__ = [
     "options",
     "ranged",
     "stacked",
+    "takes_other",
 ]

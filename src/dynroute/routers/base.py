@@ -97,7 +97,7 @@ class Router(nn.Module):
         spent = self.limit.start(len(x_BCHW), x_BCHW.device) if self.limit else None
         groups: list[tuple[Tensor | None, Setting]] = [(None, self.setting)]
         if self.setting.part:
-            other_B = draws(image_hash(x_BCHW), MIXED, 1)[:, 0] < self.setting.part
+            other_B = takes_other(x_BCHW, self.setting.part)
             split = ((~other_B, self.setting.price), (other_B, self.setting.other))
             groups = [(own_B.nonzero()[:, 0], Setting(price)) for own_B, price in split if own_B.any()]
         begun = []
@@ -120,6 +120,11 @@ class Router(nn.Module):
             keep_BG, spent = self.limit.lowered(u, decision.keep_BG, spent)
             decision = decision._replace(keep_BG=keep_BG)
         return decision, Journey(tuple(groups), spent)
+
+
+def takes_other(x_BCHW: Tensor, part: float) -> Tensor:
+    """Which images (B,) get a mixed setting's other price: that part of all, each image always alike."""
+    return draws(image_hash(x_BCHW), MIXED, 1)[:, 0] < part
 
 
 @contextmanager

@@ -1,0 +1,17 @@
+"""Trained nets for other runtimes: graphs of branches, and their ONNX files."""
+
+from dynroute.export.files import INPUT, OUTPUTS, Unavailable, first_line, onnx_bytes, quiet, session
+from dynroute.export.graphs import Scaled, SkippingGraph, StaticGraph
+
+__all__ = [
+    "INPUT",
+    "OUTPUTS",
+    "Scaled",
+    "SkippingGraph",
+    "StaticGraph",
+    "Unavailable",
+    "first_line",
+    "onnx_bytes",
+    "quiet",
+    "session",
+]
