@@ -172,3 +172,29 @@ class Wrong:
     def __call__(self, x_BCHW: torch.Tensor) -> Any:
         out = self.net(x_BCHW)
         return out._replace(logits_BK=-out.logits_BK)
+
+
+def test_times_asked_for_are_compared_with_those_reached(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, out = loaded(ROOT / "benchmarks" / "latency_target.py"), tmp_path / "latency.csv"
+    who: dict[str, Any] = {"run": "", "method": "", "backbone": "", "dataset": ""}
+    table = [BenchRow(**who, mode="dense_best", images_per_s=100.0)]
+    table += [
+        BenchRow(**who, mode="skipping", flops_target=t, images_per_s=s) for t, s in ((0.4, 500), (None, 1), (0.8, 250))
+    ]
+    asked: list[float] = []
+    taken = iter([(6.3, "thread"), (6.4, "thread"), (5.0, "thread"), (6.0, "thread")])
+    monkeypatch.setattr(module, "FILE", out)
+    monkeypatch.setattr(module, "bench_path", lambda folder, request: type("Timed", (), {"rows": table}))
+    monkeypatch.setattr(module, "dense_speed", lambda *_: 50.0)  # half as fast as in the table
+    monkeypatch.setattr(module.Evaluator, "share_at", lambda self, ms: (asked.append(ms), 0.6)[1])
+    monkeypatch.setattr(module, "timed", lambda *_: next(taken))
+    monkeypatch.setattr("sys.argv", ["latency_target.py", str(runs["dmnn"]), "--times", "2"])
+    module.main()
+    assert asked == [5.0, 7.0]
+    rows = read_rows(out)
+    assert [float(row["error"]) for row in rows] == pytest.approx([0.26, 5 / 7 - 1])
+    assert [float(row["again_error"]) for row in rows] == pytest.approx([6.4 / 6.3 - 1, 0.2])
+    printed = capsys.readouterr().out
+    assert "error: 0 of 2 within 10 %" in printed and "again_error: 1 of 2 within 10 %" in printed
