@@ -41,11 +41,12 @@ ROOMS = [
     "deployment",
     "catalogue",
     "testing",
+    "console",
     "cli",
     "__main__",
 ]
 ONLY_IN = {"typer": {"cli"}, "omegaconf": {"config"}}
-WITHOUT_TORCH = {"cli", "report", "records", "calibration", "contracts", "__main__"}
+WITHOUT_TORCH = {"cli", "console", "report", "records", "calibration", "contracts", "__main__"}
 
 
 def named(path: Path) -> str:
@@ -108,7 +109,7 @@ def test_these_rooms_open_without_torch(path: Path) -> None:
     assert not {name.split(".")[0] for name in names} & {"torch", "torchvision"}
     if room(path) == "cli":
         inner = {name.split(".")[1] for name in names if name.startswith("dynroute.")}
-        assert inner & set(ROOMS) <= {"contracts", "records"}
+        assert inner & set(ROOMS) <= {"contracts", "records", "console"}
 
 
 def test_the_command_line_and_reports_load_no_torch() -> None:
