@@ -21,7 +21,7 @@ from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.contracts import Setting
 from dynroute.data import load
-from dynroute.export import INPUT, OUTPUTS, SkippingGraph, StaticGraph, Unavailable, onnx_bytes, session
+from dynroute.export import INPUT, OUTPUTS, SkippingGraph, StaticGraph, Unavailable, graphs, onnx_bytes, session
 from dynroute.net import RoutedNet
 from dynroute.records import read_rows, write_rows
 from dynroute.testing import close, random_routes
@@ -58,6 +58,28 @@ def test_the_graph_of_other_backbones_and_of_a_limit(name: str) -> None:
     assert agrees(net) > 1 or name == "mobilenet_v2"
     net.set_limit(sum(net.span()) / 2)
     agrees(net)
+
+
+@pytest.mark.parametrize("name", ["conv4", "resnet8"])
+def test_a_router_that_treats_all_images_alike_has_the_branches_that_it_takes(name: str) -> None:
+    net = make_net("static", "channels", name=name, parts=8)
+    net.router.price = 0.5
+    graph = SkippingGraph(net, nn.Identity())
+    assert [len(unit.bodies) for unit in graph.units] == [1] * len(graph.units)  # type: ignore[arg-type, union-attr]
+    agrees(net, 3)
+    net.router.setting = Setting(0.0, 0.5, 0.5)
+    net.set_limit(0.6)
+    graph = SkippingGraph(net, nn.Identity())
+    assert all(len(unit.bodies) == 2 for unit in graph.units)  # type: ignore[arg-type, union-attr]
+    assert agrees(net) == 2
+
+
+def test_more_branches_than_a_file_should_have() -> None:
+    net = make_net("rnp", "channels", name="conv4", parts=8)
+    SkippingGraph(net, nn.Identity())  # 64: eight times eight
+    assert graphs.MOST == 64
+    with pytest.raises(Unavailable, match="would have 81 branches, and 64 is the most"):
+        SkippingGraph(make_net("rnp", "channels", name="conv4", parts=9, width=9), nn.Identity())
 
 
 @pytest.mark.parametrize(("unit", "images"), [("channels", 3), ("paths", 1), ("choice", 5), ("cascade", 2)])

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dynroute.contracts import Decision, Setting
+from dynroute.export.files import Unavailable
 from dynroute.net import RoutedNet
 from dynroute.routers import Router, options, stacked, takes_other
 from dynroute.units import NarrowConv, Residual, Unit
 
 Branch = Callable[..., Tensor]
+MOST = 64  # branches of a unit
 
 
 class Scaled(nn.Module):
@@ -50,9 +52,9 @@ class SkippingGraph(nn.Module):
         self.scaled, self.stem, self.head, self.cost = scaled, net.backbone.stem, net.backbone.head, net.cost
         self.router = _frozen(net.router)
         self.reads = [unit.reads for unit in plain]
+        routes = _routes(self.router) if self.router.alike else None
         self.units = nn.ModuleList(
-            Parts(unit) if unit.additive else Keeps(unit, None if unit.reads is None else plain[unit.reads])
-            for unit in plain
+            Parts(unit) if unit.additive else Keeps(u, plain, routes) for u, unit in enumerate(plain)
         )
 
     def forward(self, images_1CHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,25 +113,38 @@ class Parts(nn.Module):
 
 
 class Keeps(nn.Module):
-    """Any other unit, for one image: a branch for each legal keep, and each keep of the unit that it reads, by halving."""
+    """Any other unit, for one image: a branch for each legal keep with each keep of the unit that it reads, by halving.
 
-    own_NG: Tensor
-    above_MG: Tensor
+    routes: (R, U, G) of all images, where so few are possible that only their branches are wanted. Raises Unavailable for
+    more than MOST branches.
+    """
 
-    def __init__(self, unit: Unit, above: Unit | None) -> None:
+    own_PG: Tensor
+    above_PG: Tensor
+
+    def __init__(self, u: int, units: Sequence[Unit], routes: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("own_NG", options(unit.spec))
-        self.register_buffer("above_MG", torch.zeros(1, 0) if above is None else options(above.spec))
-        reads = [None] if above is None else [_pattern(keep_G) for keep_G in self.above_MG]
-        bodies = [unit.narrow(_pattern(keep_G), read) for read in reads for keep_G in self.own_NG]
+        unit, nothing_10 = units[u], torch.zeros(1, 0)
+        if routes is None:
+            read_MG = nothing_10 if unit.reads is None else options(units[unit.reads].spec)
+            pairs = [(own_G, above_G) for above_G in read_MG for own_G in options(unit.spec)]
+        else:
+            above = None if unit.reads is None else units[unit.reads].spec
+            read_RG = nothing_10.expand(len(routes), 0) if above is None else routes[:, unit.reads, : above.parts]
+            pairs = list(zip(routes[:, u, : unit.spec.parts], read_RG, strict=True))
+        if len(pairs) > MOST:
+            raise Unavailable(f"{unit.spec.name} would have {len(pairs)} branches, and {MOST} is the most: fewer parts")
+        self.register_buffer("own_PG", torch.stack([own_G for own_G, _ in pairs]))
+        self.register_buffer("above_PG", torch.stack([above_G for _, above_G in pairs]))
+        bodies = [unit.narrow(_pattern(own_G), _pattern(above_G) or None) for own_G, above_G in pairs]
         self.bodies = nn.ModuleList(body if _computes(body) else nn.Sequential(body, Copy()) for body in bodies)
 
     def forward(self, x_1CHW: Tensor, keep_1G: Tensor, above_1G: Tensor | None = None) -> Tensor:
         """The unit's output. above_1G: what the unit that it reads kept."""
-        number = _row(self.own_NG, keep_1G)
+        same_P = (self.own_PG == keep_1G[:, : self.own_PG.shape[1]]).all(1)
         if above_1G is not None:
-            number = number + len(self.own_NG) * _row(self.above_MG, above_1G)
-        return _one_of(list(self.bodies), number, 0, x_1CHW)
+            same_P = same_P & (self.above_PG == above_1G[:, : self.above_PG.shape[1]]).all(1)
+        return _one_of(list(self.bodies), same_P.long().argmax(), 0, x_1CHW)
 
 
 class Copy(nn.Module):
@@ -145,7 +160,7 @@ class Mixed(Router):
 
     def __init__(self, router: Router, setting: Setting) -> None:
         super().__init__(router.specs)
-        self.part, self.pooled = setting.part, router.pooled
+        self.part, self.pooled, self.alike = setting.part, router.pooled, router.alike
         self.one, self.other = (_at(router, Setting(price)) for price in (setting.price, setting.other))
 
     def macs(self) -> float:
@@ -170,6 +185,22 @@ def _frozen(router: Router) -> Router:
     made = Mixed(router, router.setting) if router.setting.part else _at(router, router.setting)
     made.limit = router.limit
     return made
+
+
+def _routes(router: Router) -> Tensor:
+    """(R, U, G): every route of a router that gives all images of a price the same."""
+    sides = [router.one, router.other] if isinstance(router, Mixed) else [router]
+    found = []
+    for side in sides:
+        side = copy.copy(side)
+        side.limit = router.limit
+        x_1C11, keeps = torch.zeros(1, 1, 1, 1), []
+        journey = side.start(x_1C11)
+        for u in range(len(router.specs)):
+            decision, journey = side.choose(u, x_1C11, journey)
+            keeps.append(decision.keep_BG)
+        found.append(stacked(keeps)[0])
+    return torch.stack(found).unique(dim=0)
 
 
 def _at(router: Router, setting: Setting) -> Router:
@@ -205,11 +236,6 @@ def _adding(body: nn.Module) -> Branch:
 
 def _leaving(out_1CHW: Tensor, x_1CHW: Tensor) -> Tensor:
     return out_1CHW.clone()
-
-
-def _row(rows_NG: Tensor, keep_1G: Tensor) -> Tensor:
-    """The number of the row that equals keep."""
-    return (rows_NG == keep_1G[:, : rows_NG.shape[1]]).all(1).long().argmax()
 
 
 def _one_of(bodies: Sequence[nn.Module], number: Tensor, first: int, x_1CHW: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class SlimmableOptions:
 class SlimmableRouter(Router):
     """One width for all images. The dial picks it: at price p the one nearest to the widest less p. No multiply-adds."""
 
+    alike = True
     price_limits = (-1.0, 1.0)
 
     def __init__(self, specs: Sequence[UnitSpec], options: SlimmableOptions, superclasses: int = 0) -> None:

@@ -51,6 +51,7 @@ class RandomOptions:
 class StaticRouter(Router):
     """The same keep for every image. The dial narrows: at price p a share width - p of the parts runs (see `spread`)."""
 
+    alike = True
     price_limits = (-1.0, 1.0)
     pooled = True
 
