@@ -64,7 +64,7 @@ def timed(config: Path, batch: int, rate: float | None = None, **asked: Any) -> 
     @cache
     def run(seconds: float) -> dict[str, BenchRow]:
         words = ["device=cpu"] if "device" not in asked else []
-        request = Request(rate=rate, batches=[batch], seconds=seconds, modes=MODES, **asked)
+        request = Request(rate=rate, batches=[batch], seconds=seconds, **{"modes": MODES, **asked})
         return {row.mode: row for row in bench_untrained(*untrained(config, words), request).rows}
 
     return run
@@ -159,7 +159,7 @@ BARS = {
         "DMNN ResNet-50, N=4, rate .5, batch 1",
         "against ONNX Runtime's dense ResNet-50",
         2.2,
-        over("onnxruntime", "skipping", timed(DMNN, 1, 0.5, onnx=True)),
+        over("onnxruntime", "skipping", timed(DMNN, 1, 0.5, modes=MODES | {"onnxruntime"})),
     ),
     "vgg16_b1": Bar("RNP VGG-16 at 224, uniform actions, batch 1", IDEAL, 0.93, ideal(timed(VGG, 1))),
     "vgg16_b8": Bar("RNP VGG-16 at 224, uniform actions, batch 8", IDEAL, 0.90, ideal(timed(VGG, 8))),

@@ -238,7 +238,7 @@ def test_another_runtime_has_a_row_and_may_be_the_best(monkeypatch: pytest.Monke
     monkeypatch.setattr(modes, "onnxruntime", lambda net, x, outputs=(): net)
     took = {"dense": 3.0, "executor": 2.0, "compiled": 1.0, "onnxruntime": 0.5, "onnx_skipping0": 0.25}
     found = {name: times([seconds], [17.0]) for name, seconds in took.items()}
-    rows = made_up(monkeypatch, found, modes=frozenset({"dense", "compiled", "onnxruntime"}))
+    rows = made_up(monkeypatch, found, modes=frozenset({"dense", "compiled", "onnxruntime", "onnx_skipping"}))
     assert [(row.mode, row.speedup) for row in rows] == [
         ("dense", pytest.approx(1 / 3)),
         ("dense_best", 1.0),
@@ -248,6 +248,25 @@ def test_another_runtime_has_a_row_and_may_be_the_best(monkeypatch: pytest.Monke
     ]
     assert (rows[-1].macs_mean, rows[-1].routes, rows[-1].ideal_share) == (17.0, "router", None)
     assert rows[1].form == "compiled"
+
+
+def test_the_routed_net_runs_in_onnx_runtime_too() -> None:
+    net = make_net()
+    asked = Plan(seconds=0, least=2, modes=frozenset({"dense", "onnxruntime", "onnx_skipping", "skipping"}))
+    rows, remarks, _ = bench(net, make_backbone(parts=1), pictures(4), [Point()], asked, LABELS)
+    by_mode = {row.mode: row for row in rows}
+    assert list(by_mode) == ["dense", "dense_best", "onnxruntime", "onnx_skipping", "skipping"] and not remarks
+    assert by_mode["onnx_skipping"].macs_share == by_mode["skipping"].macs_share < 1.5
+
+
+def test_time_that_does_not_fall_in_onnx_runtime_is_said() -> None:
+    who: dict[str, Any] = {**LABELS, "macs_share": 0.5, "device": "cpu"}
+    dense = [
+        BenchRow(**{**who, "macs_share": 1.0}, mode="onnxruntime", images_per_s=n, batch=b) for n, b in ((90.0, 1),)
+    ]
+    assert warnings([*dense, BenchRow(**who, mode="onnx_skipping", images_per_s=100.0)]) == []
+    (line,) = warnings([*dense, BenchRow(**who, mode="onnx_skipping", images_per_s=45.0, speedup=2.0)])
+    assert "0.50x the speed of the dense run in ONNX Runtime" in line
 
 
 @pytest.mark.parametrize(("name", "unit"), [("dmnn", "paths"), ("rnp", "channels")])

@@ -67,7 +67,7 @@ def test_lines_are_computed_as_they_say(skipping: ModuleType, monkeypatch: pytes
     asked: list[Any] = []
 
     def made(config: Any, net: Any, spec: Any, request: Any) -> Any:
-        asked.append((config.name, request.batches, request.rate, request.onnx))
+        asked.append((config.name, request.batches, request.rate, "onnxruntime" in request.modes))
         return type("Timed", (), {"rows": rows})
 
     monkeypatch.setattr(skipping, "bench_untrained", made)

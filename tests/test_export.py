@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TINY
+from conftest import TINY, tree
 from dynroute import deployment
-from dynroute.assembly import restore
+from dynroute.assembly import fingerprint, restore
 from dynroute.bench import Overruled, numbered
 from dynroute.cli import main
 from dynroute.config import load_config
@@ -74,12 +74,13 @@ def test_a_router_that_treats_all_images_alike_has_the_branches_that_it_takes(na
     assert agrees(net) == 2
 
 
-def test_more_branches_than_a_file_should_have() -> None:
-    net = make_net("rnp", "channels", name="conv4", parts=8)
-    SkippingGraph(net, nn.Identity())  # 64: eight times eight
-    assert graphs.MOST == 64
-    with pytest.raises(Unavailable, match="would have 81 branches, and 64 is the most"):
-        SkippingGraph(make_net("rnp", "channels", name="conv4", parts=9, width=9), nn.Identity())
+def test_more_branches_than_a_file_should_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net("rnp", "channels", name="conv4", parts=4)  # 4 branches, 16 and 16
+    monkeypatch.setattr(graphs, "MOST", 36)
+    SkippingGraph(net, nn.Identity())
+    monkeypatch.setattr(graphs, "MOST", 35)
+    with pytest.raises(Unavailable, match="would have 36 branches, 35 at most"):
+        SkippingGraph(net, nn.Identity())
 
 
 @pytest.mark.parametrize(("unit", "images"), [("channels", 3), ("paths", 1), ("choice", 5), ("cascade", 2)])
@@ -102,17 +103,22 @@ def test_a_static_graph_is_the_net_on_one_route(unit: str, images: int) -> None:
 )
 def test_the_file_runs_elsewhere(name: str, unit: str, backbone: str) -> None:
     net, x = make_net(name, unit, name=backbone, parts=2), pictures(10)
-    net.router.setting = Setting(0.0, 0.1, 0.5)
+    net.router.setting = Setting(0.0, -0.02 if unit == "choice" else 0.1, 0.5)
+    if unit != "cascade":
+        net.set_limit(0.3 * net.span()[0] + 0.7 * net.span()[1])
     file = onnx_bytes(SkippingGraph(net, nn.Identity()), x[:1], OUTPUTS, says={"run": "tiny"})
     runtime = session(file)
     with torch.no_grad():
         wanted = net(x)
+    assert len(wanted.trace.keep_BUG.unique(dim=0)) > 1
     for i in range(len(x)):
         logits, keep, macs = runtime.run(None, {INPUT: x[i : i + 1].numpy()})
         assert close(torch.from_numpy(logits), wanted.logits_BK[i : i + 1])
         assert np.array_equal(keep[0], wanted.trace.keep_BUG[i].numpy())
         assert macs[0] == float(wanted.macs_B[i])
     model = onnx.load_from_string(file)
+    onnx.checker.check_model(model, full_check=True)
+    assert str(Path(__file__).parent.parent).encode() not in file
     assert {p.key: p.value for p in model.metadata_props} == {"run": "tiny"}
     branches = [a.g for node in model.graph.node for a in node.attribute if a.HasField("g")]
     weights = {tensor.name for branch in branches for tensor in branch.initializer}
@@ -150,14 +156,16 @@ def test_a_run_becomes_a_file_that_says_what_eval_said(
     assert said["share"] == pytest.approx(0.7, abs=0.01) and 0 <= said["apart"] < 1e-3
     images = load(load_config(overrides=TINY).data).test.images[:12].numpy()  # type: ignore[union-attr]
     runtime = session(out.read_bytes())
-    rows = [row for row in read_rows(run / "routes.csv") if row["split"] == "test"]
-    for image, row in zip(images, rows, strict=False):
+    rows = [row for row in read_rows(run / "routes.csv") if row["split"] == "test"][:12]
+    assert said["checked"] == 32 and said["routes"] > 1 and len({row["route"] for row in rows}) > 1
+    for image, row in zip(images, rows, strict=True):
         x_1CHW = image.transpose(2, 0, 1)[None].astype(np.float32) / 255
         logits, keep, macs = runtime.run(None, {INPUT: x_1CHW})
         assert "/".join("".join(str(int(bit)) for bit in unit) for unit in keep[0]) == row["route"]
         assert (int(logits.argmax()), float(macs[0])) == (int(row["predicted"]), float(row["macs"]))
     told = {p.key: p.value for p in onnx.load(str(out)).metadata_props}
     assert (told["method"], told["flops_target"], told["form"]) == ("dmnn", "0.7", "skipping")
+    assert (told["flops_max"], told["checkpoint"]) == ("", fingerprint(run / "last.pt"))
     assert len(json.loads(told["classes"])) == 20
 
 
@@ -168,6 +176,7 @@ def test_one_route_for_all_is_the_most_common_of_the_calibration_split(
     words = ["export", str(run), "--form", "static", "--out", str(out), "--json"]
     rows = [dict(row) for row in read_rows(run / "routes.csv")]
     usual, rare = (max({row["route"] for row in rows}, key=lambda route: side * route.count("1")) for side in (-1, 1))
+    assert usual != rare
     calib = [row for row in rows if row["split"] == "calib"]
     for row in rows:
         row["route"] = rare
@@ -177,7 +186,11 @@ def test_one_route_for_all_is_the_most_common_of_the_calibration_split(
     capsys.readouterr()
     assert main([*words, "--flops-target", "0.7"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["route"] == usual and 0 < said["share"] < 1
+    net = restore(run / "last.pt")[0]
+    macs = float(net.cost(deployment.read_route(usual, net)[None])[0]) - net.cost.router
+    told = {p.key: p.value for p in onnx.load(str(out)).metadata_props}
+    assert (said["route"], said["share"]) == (usual, pytest.approx(macs / net.cost.dense))
+    assert (told["route"], told["macs"]) == (usual, f"{macs:.0f}") and net.cost.router > 0
     logits = session(out.read_bytes()).run(None, {INPUT: np.zeros((3, 3, 16, 16), np.float32)})[0]
     assert logits.shape == (3, 20)
     out.unlink()
@@ -196,8 +209,12 @@ def test_one_route_for_all_is_the_most_common_of_the_calibration_split(
             ["--out", "net.onnx", "--form", "static", "--route", "1/1"],
             "'1/1' is no route of this net: one looks like 1",
         ),
-        (["--out", "net.onnx", "--flops-target", "1.5"], "--flops-target"),
-        (["--out", "net.onnx", "--flops-max", "0.5", "--flops-target", "0.4"], "has no calibrated setting"),
+        (["--out", "net.onnx", "--form", "static", "--route", ""], "'' is no route of this net"),
+        (["--out", "net.onnx", "--form", "static", "--route", "1/1", "--flops-max", "0.9"], "--route excludes"),
+        (["--out", "net.onnx", "--flops-target", "1.5"], "is a share of the dense net's"),
+        (["--out", "net.onnx", "--flops-max", "0.51", "--flops-target", "0.41"], "has no calibrated setting"),
+        (["--out", "folder.onnx"], "--out folder.onnx is a folder"),
+        (["--out", "folder.onnx/file/net.onnx"], "would lie in a file"),
     ],
 )
 def test_wrong_words(
@@ -205,9 +222,35 @@ def test_wrong_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(runs["dmnn"]), *words]) in (2, 3)
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "folder.onnx" / "file").write_text("")
+    before = tree(tmp_path)
+    assert main(["export", str(runs["dmnn"]), *words]) == 2
     assert says in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert tree(tmp_path) == before
+
+
+def test_a_static_run_has_its_own_route(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    capsys.readouterr()
+    words = ["--form", "static", "--out", str(tmp_path / "a.onnx"), "--json"]
+    assert main(["export", str(runs["static"]), *words]) == 0
+    said = json.loads(capsys.readouterr().out)
+    net = restore(runs["static"] / "last.pt")[0]
+    assert said["share"] == pytest.approx(float(net(pictures(1)).macs_B[0]) / net.cost.dense)
+
+
+@pytest.mark.parametrize(
+    "content", ["index,split\n0,calib\n", "index,split,flops_target,checkpoint,route\n0,calib,,last,11\n"]
+)
+def test_routes_that_cannot_be_read(
+    content: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "routes.csv").write_text(content)
+    assert main(["export", str(run), "--form", "static", "--out", str(tmp_path / "a.onnx")]) == 2
+    said = capsys.readouterr().err
+    assert "lacks columns" in said or "'11' is no route of this net" in said
 
 
 def test_an_illegal_route_is_named(runs: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -33,6 +33,14 @@ FlopsMax = Annotated[
     float | None,
     typer.Option("--flops-max", metavar="X", help="Share of the dense net's multiply-adds that no image may exceed."),
 ]
+KnownTarget = Annotated[
+    float | None,
+    typer.Option(
+        "--flops-target",
+        metavar="X",
+        help="Share of the dense net's multiply-adds, within the range that `eval` has calibrated.",
+    ),
+]
 LatencyTarget = Annotated[
     float | None,
     typer.Option(
@@ -268,14 +276,7 @@ def compare(
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    target: Annotated[
-        float | None,
-        typer.Option(
-            "--flops-target",
-            metavar="X",
-            help="Share of the dense net's multiply-adds, within the range that `eval` has calibrated.",
-        ),
-    ] = None,
+    target: KnownTarget = None,
     flops_max: FlopsMax = None,
     latency_target: LatencyTarget = None,
     as_json: Json = False,
@@ -300,14 +301,7 @@ def predict(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The file to write.")],
-    target: Annotated[
-        float | None,
-        typer.Option(
-            "--flops-target",
-            metavar="X",
-            help="Share of the dense net's multiply-adds, within the range that `eval` has calibrated.",
-        ),
-    ] = None,
+    target: KnownTarget = None,
     flops_max: FlopsMax = None,
     form: Annotated[
         str,
@@ -322,7 +316,8 @@ def export(
         typer.Option(
             "--route",
             metavar="ROUTE",
-            help="static: that route, as in routes.csv [default: the most common one of the calibration split].",
+            help="static: that route, as in routes.csv [default: a static net's own; else the most common one of the "
+            "calibration split, which `eval --split calib` finds].",
         ),
     ] = None,
     as_json: Json = False,
@@ -339,7 +334,8 @@ def export(
         print(json.dumps(asdict(made), indent=2))
         return
     share = "trained point" if made.share is None else f"share {made.share:.3f}"
-    print(f"{made.file}  {made.form}  {share}  {made.bytes / 1e6:.1f} MB  logits within {made.apart:.1g} of the net's")
+    checked = f"{made.checked} images, {made.routes} routes: logits within {made.apart:.1g} of the net's"
+    print(f"{made.file}  {made.form}  {share}  {made.bytes / 1e6:.1f} MB  {checked}")
 
 
 @app.command("bench")
@@ -382,7 +378,10 @@ def bench_command(
     ] = 5.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Also the dense net by torch.compile, frozen.")] = False,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="Also the dense net in ONNX Runtime (dynroute[export]).")
+        bool,
+        typer.Option(
+            "--onnx", help="Also ONNX Runtime (dynroute[export]): the dense net and, at batch 1, the routed one."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -18,7 +18,7 @@ from dynroute.contracts import InputError
 from dynroute.data import DataSpec, loader, pictures
 from dynroute.fit import LAST
 from dynroute.net import RoutedNet
-from dynroute.records import FORMS_FILE
+from dynroute.records import FORMS_FILE, route_text
 from dynroute.runs import environment, latency_share
 from dynroute.skipping import FastNet, load_forms
 
@@ -67,7 +67,7 @@ def predict(
                     file=str(images[row]),
                     label=spec.class_names[int(best.indices[i])],
                     confidence=float(best.values[i]),
-                    route="/".join("".join(map(str, keep[:n])) for keep, n in zip(keep_UG, parts, strict=True)),
+                    route=route_text(keep_UG, parts),
                     macs=float(out.macs_B[i]),
                     share=float(out.macs_B[i]) / net.cost.dense,
                 )
@@ -76,7 +76,7 @@ def predict(
 
 
 @dataclass
-class Opened:
+class Trained:
     """A trained run without its data: the net in eval(), its dial and limit set. fit: of the target; None: the trained point."""
 
     net: RoutedNet
@@ -87,7 +87,7 @@ class Opened:
 
 def open_run(
     run: Path, target: float | None = None, flops_max: float | None = None, latency_ms: float | None = None
-) -> Opened:
+) -> Trained:
     """The net of a run folder at a target. Raises as `predict` does."""
     path = run / LAST
     if not path.exists():
@@ -102,7 +102,7 @@ def open_run(
     fit = None if target is None else _fit(run, target, flops_max)
     if fit is not None:
         net.router.setting = fit.setting
-    return Opened(net, config, spec, fit)
+    return Trained(net, config, spec, fit)
 
 
 def _fit(run: Path, target: float, flops_max: float | None) -> Fit:

@@ -79,7 +79,8 @@ class BenchRow:
     thread count were timed in turn, on the same images.
 
     mode: dense (as PyTorch runs it), dense_best (the fastest of the forms of the dense net, named in `form`), compiled,
-    onnxruntime (both dense), all_on (the routed net's executor with every part on), masked, skipping.
+    onnxruntime (both dense), onnx_skipping (the routed net there), all_on (the routed net's executor with every part on),
+    masked, skipping.
     routes: who chose them: router, or random or uniform draws. flops_target, rate: of the setting, empty where none is.
     latency_ms_*: per image; call_ms_p50: of the whole batch; wall_ms_p50: per image, by the wall's clock.
     images_per_s: from the mean time. speedup: dense_best's mean time / this mean time.
@@ -146,6 +147,11 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def route_text(keep_UG: Sequence[Sequence[int]], parts_U: Sequence[int]) -> str:
+    """A route as files have it: a 0 or 1 a part, units between slashes. keep_UG: padded; parts_U: how many are the unit's own."""
+    return "/".join("".join(map(str, keep[:parts])) for keep, parts in zip(keep_UG, parts_U, strict=True))
 
 
 def write_text(path: Path, text: str) -> None:

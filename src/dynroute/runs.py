@@ -35,6 +35,7 @@ from dynroute.records import (
     EvalRow,
     merge_eval,
     read_rows,
+    route_text,
     write_rows,
     write_text,
 )
@@ -326,7 +327,8 @@ class Evaluator:
         old = read_rows(path) if path.exists() else []
         setting = {"split": split, "flops_target": asked, "flops_max": most, "checkpoint": self.checkpoint}
         kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
-        routes = ["/".join("".join(map(str, unit)) for unit in image) for image in scores.keep_NUG.tolist()]
+        parts = [spec.parts for spec in self.net.backbone.specs]
+        routes = [route_text(keep_UG, parts) for keep_UG in scores.keep_NUG.tolist()]
         columns: dict[str, list[Any]] = {
             "index": scores.index_N.tolist(),
             "label": scores.label_N.tolist(),

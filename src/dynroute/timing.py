@@ -15,7 +15,19 @@ from pathlib import Path
 import torch
 
 from dynroute.assembly import dense_twin, fingerprint
-from dynroute.bench import DTYPES, POOL, Benched, Overruled, Plan, Point, bench, numbered, random_routes, uniform_routes
+from dynroute.bench import (
+    DTYPES,
+    ONNX_SKIPPING,
+    POOL,
+    Benched,
+    Overruled,
+    Plan,
+    Point,
+    bench,
+    numbered,
+    random_routes,
+    uniform_routes,
+)
 from dynroute.calibration import TOLERANCE
 from dynroute.config import Config
 from dynroute.contracts import InputError
@@ -65,7 +77,7 @@ class Request:
 
     def plans(self) -> Iterator[tuple[int, Plan]]:
         """Thread count and plan of every interleaved run."""
-        optional = {"compiled": self.compiled, "onnxruntime": self.onnx}
+        optional = {"compiled": self.compiled, "onnxruntime": self.onnx, ONNX_SKIPPING: self.onnx}
         modes = self.modes | {mode for mode, asked in optional.items() if asked}
         for threads in self.threads:
             for batch in self.batches:

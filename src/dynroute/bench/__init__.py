@@ -2,6 +2,7 @@
 
 from dynroute.bench.modes import (
     DTYPES,
+    ONNX_SKIPPING,
     POOL,
     Benched,
     DenseNet,
@@ -17,6 +18,7 @@ from dynroute.bench.routes import Overruled, numbered, random_routes, uniform_ro
 
 __all__ = [
     "DTYPES",
+    "ONNX_SKIPPING",
     "POOL",
     "Benched",
     "Case",

@@ -164,8 +164,7 @@ class _Cases:
             yield "all_on", Case(lambda turn: _call(whole, self.picked(turn)), _macs)
         for place, point in enumerate(points):
             for mode, run, read in self.routed(point):
-                if mode in modes or mode == ONNX_SKIPPING:
-                    yield f"{mode}{place}", self.priced(point, run, read)
+                yield f"{mode}{place}", self.priced(point, run, read)
 
     def routed(self, point: Point) -> Iterator[tuple[str, Run, Callable[[Any], float]]]:
         """The routed net's modes at a point: name, work, and what is read of its result."""
@@ -175,7 +174,7 @@ class _Cases:
             yield "skipping", self.filled(executor(self.net), point), _macs
         if "router" in self.plan.modes:
             yield "router", self.decisions(), lambda result: 0.0
-        if "onnxruntime" in self.plan.modes and self.plan.batch == 1:
+        if ONNX_SKIPPING in self.plan.modes and self.plan.batch == 1:
             self.net.router.setting = point.setting
             try:
                 graph = SkippingGraph(self.net, nn.Identity())
@@ -322,10 +321,17 @@ def ideal_share(whole: Times, routed: Times) -> float:
 
 
 def warnings(rows: Sequence[BenchRow]) -> list[str]:
-    """A line for each point at which multiply-adds fall and time does not."""
-    return [
-        f"FLOPs fall to {row.macs_share:.2f} of dense, time does not: {row.speedup:.2f}x the speed of the best dense run "
-        f"at batch {row.batch}, {row.threads} thread{'s' * (row.threads > 1)} on {row.device}"
-        for row in rows
-        if row.mode == "skipping" and row.speedup is not None and row.macs_share < FALLEN and row.speedup <= 1
-    ]
+    """A line for each point at which multiply-adds fall and time does not, in PyTorch or in ONNX Runtime."""
+    dense = {(row.batch, row.threads): row.images_per_s for row in rows if row.mode == "onnxruntime"}
+    found = []
+    for row in rows:
+        speedup, whose = row.speedup, "the best dense run"
+        if row.mode == ONNX_SKIPPING:
+            known = dense.get((row.batch, row.threads))
+            speedup, whose = row.images_per_s / known if known else None, "the dense run in ONNX Runtime"
+        if row.mode in ("skipping", ONNX_SKIPPING) and speedup is not None and row.macs_share < FALLEN and speedup <= 1:
+            found.append(
+                f"FLOPs fall to {row.macs_share:.2f} of dense, time does not: {speedup:.2f}x the speed of {whose} "
+                f"at batch {row.batch}, {row.threads} thread{'s' * (row.threads > 1)} on {row.device}"
+            )
+    return found

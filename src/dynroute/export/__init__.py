@@ -1,7 +1,7 @@
 """Trained nets for other runtimes: graphs of branches, and their ONNX files."""
 
 from dynroute.export.files import INPUT, OUTPUTS, Unavailable, first_line, onnx_bytes, quiet, session
-from dynroute.export.graphs import Scaled, SkippingGraph, StaticGraph
+from dynroute.export.graphs import Scaled, SkippingGraph, StaticGraph, possible_routes
 
 __all__ = [
     "INPUT",
@@ -12,6 +12,7 @@ __all__ = [
     "Unavailable",
     "first_line",
     "onnx_bytes",
+    "possible_routes",
     "quiet",
     "session",
 ]

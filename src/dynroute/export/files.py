@@ -60,6 +60,7 @@ def onnx_bytes(
         assert program is not None
         model = program.model_proto
         _lower_weights(model.graph, {})
+        _forget(model.graph)
         for key, value in (says or {}).items():
             model.metadata_props.add(key=key, value=value)
         if model.ByteSize() > MOST:
@@ -93,6 +94,7 @@ def _lower_weights(graph: GraphProto, above: Mapping[str, TensorProto]) -> None:
     """
     known = {**above, **{tensor.name: tensor for tensor in graph.initializer}}
     used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    used -= {name for node in graph.node for name in node.output}
     own = [known[name] for name in known if name in used]
     rest = {name: tensor for name, tensor in known.items() if name not in used}
     for node in graph.node:
@@ -102,6 +104,17 @@ def _lower_weights(graph: GraphProto, above: Mapping[str, TensorProto]) -> None:
     copies = [type(tensor).FromString(tensor.SerializeToString()) for tensor in own]
     del graph.initializer[:]
     graph.initializer.extend(copies)
+
+
+def _forget(graph: GraphProto) -> None:
+    """Without the exporter's stack traces, which are half of a file and name folders of this machine."""
+    for thing in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del thing.metadata_props[:]
+        thing.doc_string = ""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _forget(attribute.g)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from dynroute.routers import Router, options, stacked, takes_other
 from dynroute.units import NarrowConv, Residual, Unit
 
 Branch = Callable[..., Tensor]
-MOST = 64  # branches of a unit
+Pair = tuple[tuple[bool, ...], tuple[bool, ...]]  # what a unit keeps, and what the one that it reads keeps (or ())
+MOST = 256  # branches of a graph: more take an hour to export
 
 
 class Scaled(nn.Module):
@@ -43,7 +44,7 @@ class Scaled(nn.Module):
 class SkippingGraph(nn.Module):
     """One image of values as `scaled` takes them: logits (1, K), route (1, U, G) and multiply-adds (1,).
 
-    The router's setting and limit are those that it has now.
+    The router's setting and limit are those that it has now. Raises Unavailable for more than MOST branches.
     """
 
     def __init__(self, net: RoutedNet, scaled: nn.Module) -> None:
@@ -52,9 +53,13 @@ class SkippingGraph(nn.Module):
         self.scaled, self.stem, self.head, self.cost = scaled, net.backbone.stem, net.backbone.head, net.cost
         self.router = _frozen(net.router)
         self.reads = [unit.reads for unit in plain]
-        routes = _routes(self.router) if self.router.alike else None
+        routes_RUG = possible_routes(net.router) if net.router.alike else None
+        pairs = [[] if unit.additive else _pairs(u, plain, routes_RUG) for u, unit in enumerate(plain)]
+        count = sum(len(own) or unit.spec.parts for own, unit in zip(pairs, plain, strict=True))
+        if count > MOST:
+            raise Unavailable(f"the graph would have {count} branches, {MOST} at most: --form static has none")
         self.units = nn.ModuleList(
-            Parts(unit) if unit.additive else Keeps(u, plain, routes) for u, unit in enumerate(plain)
+            Parts(unit) if unit.additive else Keeps(unit, own) for unit, own in zip(plain, pairs, strict=True)
         )
 
     def forward(self, images_1CHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,31 +118,17 @@ class Parts(nn.Module):
 
 
 class Keeps(nn.Module):
-    """Any other unit, for one image: a branch for each legal keep with each keep of the unit that it reads, by halving.
-
-    routes: (R, U, G) of all images, where so few are possible that only their branches are wanted. Raises Unavailable for
-    more than MOST branches.
-    """
+    """Any other unit, for one image: a branch for each keep, with each keep of the unit that it reads, found by halving."""
 
     own_PG: Tensor
     above_PG: Tensor
 
-    def __init__(self, u: int, units: Sequence[Unit], routes: Tensor | None) -> None:
+    def __init__(self, unit: Unit, pairs: Sequence[Pair]) -> None:
         super().__init__()
-        unit, nothing_10 = units[u], torch.zeros(1, 0)
-        if routes is None:
-            read_MG = nothing_10 if unit.reads is None else options(units[unit.reads].spec)
-            pairs = [(own_G, above_G) for above_G in read_MG for own_G in options(unit.spec)]
-        else:
-            above = None if unit.reads is None else units[unit.reads].spec
-            read_RG = nothing_10.expand(len(routes), 0) if above is None else routes[:, unit.reads, : above.parts]
-            pairs = list(zip(routes[:, u, : unit.spec.parts], read_RG, strict=True))
-        if len(pairs) > MOST:
-            raise Unavailable(f"{unit.spec.name} would have {len(pairs)} branches, and {MOST} is the most: fewer parts")
-        self.register_buffer("own_PG", torch.stack([own_G for own_G, _ in pairs]))
-        self.register_buffer("above_PG", torch.stack([above_G for _, above_G in pairs]))
-        bodies = [unit.narrow(_pattern(own_G), _pattern(above_G) or None) for own_G, above_G in pairs]
-        self.bodies = nn.ModuleList(body if _computes(body) else nn.Sequential(body, Copy()) for body in bodies)
+        self.register_buffer("own_PG", torch.tensor([own for own, _ in pairs]).float())
+        self.register_buffer("above_PG", torch.tensor([above for _, above in pairs]).float())
+        bodies = [unit.narrow(own, above or None) for own, above in pairs]
+        self.bodies = nn.ModuleList(body if _computes(body) else nn.Sequential(body, Anew()) for body in bodies)
 
     def forward(self, x_1CHW: Tensor, keep_1G: Tensor, above_1G: Tensor | None = None) -> Tensor:
         """The unit's output. above_1G: what the unit that it reads kept."""
@@ -147,7 +138,7 @@ class Keeps(nn.Module):
         return _one_of(list(self.bodies), same_P.long().argmax(), 0, x_1CHW)
 
 
-class Copy(nn.Module):
+class Anew(nn.Module):
     """The same values: a branch may not hand back what it was given."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -160,12 +151,8 @@ class Mixed(Router):
 
     def __init__(self, router: Router, setting: Setting) -> None:
         super().__init__(router.specs)
-        self.part, self.pooled, self.alike = setting.part, router.pooled, router.alike
+        self.part = setting.part
         self.one, self.other = (_at(router, Setting(price)) for price in (setting.price, setting.other))
-
-    def macs(self) -> float:
-        """The router's: only one of the two answers counts."""
-        return self.one.macs()
 
     def begin(self, x_BCHW: Tensor) -> Any:
         """Whose answer counts, and both routers' journeys."""
@@ -187,12 +174,11 @@ def _frozen(router: Router) -> Router:
     return made
 
 
-def _routes(router: Router) -> Tensor:
-    """(R, U, G): every route of a router that gives all images of a price the same."""
-    sides = [router.one, router.other] if isinstance(router, Mixed) else [router]
-    found = []
-    for side in sides:
-        side = copy.copy(side)
+def possible_routes(router: Router) -> Tensor:
+    """(R, U, G): the routes of a router that gives all images of a price the same, at its setting: one, or two."""
+    setting, found = router.setting, []
+    for price in {setting.price, setting.other} if setting.part else {setting.price}:
+        side = _at(router, Setting(price))
         side.limit = router.limit
         x_1C11, keeps = torch.zeros(1, 1, 1, 1), []
         journey = side.start(x_1C11)
@@ -200,7 +186,20 @@ def _routes(router: Router) -> Tensor:
             decision, journey = side.choose(u, x_1C11, journey)
             keeps.append(decision.keep_BG)
         found.append(stacked(keeps)[0])
-    return torch.stack(found).unique(dim=0)
+    return torch.stack(found)
+
+
+def _pairs(u: int, units: Sequence[Unit], routes_RUG: Tensor | None) -> list[Pair]:
+    """The branches of a unit: all that are legal, or those of the routes."""
+    own, above = units[u].spec, None if units[u].reads is None else units[units[u].reads or 0].spec
+    if routes_RUG is None:
+        reads = [()] if above is None else list(map(_pattern, options(above)))
+        return [(_pattern(keep_G), read) for read in reads for keep_G in options(own)]
+    taken = [
+        (_pattern(keep_UG[u, : own.parts]), _pattern(keep_UG[units[u].reads or 0, : above.parts]) if above else ())
+        for keep_UG in routes_RUG
+    ]
+    return list(dict.fromkeys(taken))
 
 
 def _at(router: Router, setting: Setting) -> Router:
