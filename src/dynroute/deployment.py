@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynroute import __version__
@@ -132,14 +133,17 @@ def _check(file: Path, form: str, route: str | None, budget: bool) -> None:
 
 
 def _images(spec: DataSpec) -> Tensor:
-    """Images of all kinds (N, C, H, W), values 0 to 1: noise of four times the grain under noise, dark to bright."""
+    """Images of all kinds (N, C, H, W), values 0 to 1: noise of every grain, the coarse ones strongest, at any contrast."""
     size, drawing = spec.image_size, torch.Generator().manual_seed(0)
     count = max(CHECKED, PIXELS // size**2)
-    fine, coarse = (torch.rand(count, spec.channels, n, n, generator=drawing) for n in (size, -(-size // 4)))
-    coarse = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)[:, :, :size, :size]
-    light = torch.linspace(0.1, 1, count)[:, None, None, None]
-    grain = torch.rand(count, 1, 1, 1, generator=drawing)
-    return (grain * fine + (1 - grain) * coarse) * light
+    x_NCHW = torch.zeros(count, spec.channels, size, size)
+    for grain in range(size.bit_length()):
+        side = 1 << grain
+        noise = torch.randn(count, spec.channels, side, side, generator=drawing)
+        strength = torch.rand(count, 1, 1, 1, generator=drawing) / side**0.5
+        x_NCHW += strength * F.interpolate(noise, size=(size, size), mode="bilinear")
+    contrast = torch.rand(count, 1, 1, 1, generator=drawing)
+    return (0.5 + contrast * x_NCHW).clamp(0, 1)
 
 
 def _varied(net: RoutedNet, scaled: Scaled, x_NCHW: Tensor) -> Tensor:
