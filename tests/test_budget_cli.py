@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dynroute import runs as made_runs
+from dynroute.bench import Benched, Point
 from dynroute.cli import main
-from dynroute.records import read_eval, read_rows, write_rows
+from dynroute.records import BenchRow, read_eval, read_rows, write_rows
 
 Capture = pytest.CaptureFixture[str]
 
@@ -97,14 +98,34 @@ def test_milliseconds_become_a_target_by_the_table_of_this_machine(
     others = [
         {**timed[0], **other, "images_per_s": 100} for other in ({"mode": "masked"}, {"batch": 8}, {"machine": "x"})
     ]
+    slower, tried = 1.0, list[float]()
+
+    def bench(self: Any, points: list[Point], plan: Any, split: str) -> Benched:
+        """The net takes as long as the table says, or so many times as long."""
+        tried.append(points[0].target or 0.0)
+        assert split == "calib" and "skipping" in plan.modes
+        ms = slower * (2.0 + 5 * (tried[-1] - 0.4))
+        return Benched([BenchRow("", "", "", "", "skipping", images_per_s=1e3 / ms)], [], {})
+
+    monkeypatch.setattr(made_runs.Evaluator, "bench", bench)
     write_rows(run / "bench.csv", [*others, *timed])
     (row,) = evaluated(capsys, str(run), "--latency-target", "3")["rows"]
-    assert row["flops_target"] == pytest.approx(0.6)
+    assert row["flops_target"] == pytest.approx(0.6) and len(tried) == 1
+    slower = 1.25
+    (row,) = evaluated(capsys, str(run), "--latency-target", "3")["rows"]
+    assert row["flops_target"] == pytest.approx(0.48) and tried[1:] == pytest.approx([0.6, 0.48])
+    slower = 2.0  # even the cheapest takes longer now: the nearest is what it gets
+    (row,) = evaluated(capsys, str(run), "--latency-target", "3")["rows"]
+    assert row["flops_target"] == pytest.approx(0.4) and len(tried) == 3 + 4
+    assert main(["eval", str(run), "--latency-target", "3"]) in (0, 3)
+    assert "3 ms an image were asked for; nearest came share 0.400, which took 4 ms" in capsys.readouterr().err
+    slower = 1.0
     write_rows(run / "bench.csv", [*timed, {**timed[0], "mode": "dense_best", "images_per_s": 200}])
-    monkeypatch.setattr(made_runs, "dense_speed", lambda *_: 100.0)  # half as fast as then, so all takes twice as long
-    (row,) = evaluated(capsys, str(run), "--latency-target", "6")["rows"]
-    assert row["flops_target"] == pytest.approx(0.6)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(made_runs, "dense_speed", lambda *_: 100.0)  # half as fast as then, so all takes twice as long
+        slower = 2.0
+        (row,) = evaluated(capsys, str(run), "--latency-target", "6")["rows"]
+        assert row["flops_target"] == pytest.approx(0.6)
     for broken in ("fast", "nan", 0, "-3"):
         for place in ({}, {"mode": "dense_best"}):
             write_rows(run / "bench.csv", [*timed, {**timed[0], **place, "images_per_s": broken}])

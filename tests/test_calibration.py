@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dynroute.calibration import (
     EXACT,
     Calibration,
+    latency_for_share,
     outdated,
     read_budget,
     share_for_latency,
@@ -130,6 +131,12 @@ def test_a_dearer_net_that_ran_faster_is_noise() -> None:
     rows = [(0.4, 2.0), (0.6, 4.0), (0.8, 3.0), (1.0, 5.0)]
     shares = [share_for_latency(rows, ms) for ms in (2.0, 3.0, 3.9, 4.0, 4.5, 5.0)]
     assert shares == sorted(shares) and shares[1] == pytest.approx(0.5) and shares[3] == 0.8
+
+
+@pytest.mark.parametrize(("share", "ms"), [(0.1, 2.0), (0.4, 2.0), (0.6, 3.0), (0.9, 5.0), (1.0, 6.0), (1.2, 6.0)])
+def test_a_share_has_its_milliseconds(share: float, ms: float) -> None:
+    assert latency_for_share([(0.8, 4.0), (0.4, 2.0), (1.0, 6.0)], share) == pytest.approx(ms)
+    assert latency_for_share([(0.8, 4.0), (0.4, 2.0), (0.6, 5.0)], 0.7) == 5.0, "a dearer net that ran faster is noise"
 
 
 def test_too_short_a_time_is_out_of_reach() -> None:

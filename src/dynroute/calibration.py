@@ -171,13 +171,28 @@ def share_for_latency(points: Sequence[tuple[float, float]], ms: float) -> float
     points: share and milliseconds. Where noise has a dearer net run faster, the time of the cheaper one counts. Raises
     OutOfReach where even the cheapest is slower.
     """
-    timed = sorted(points)
-    slowest = list(itertools.accumulate((time for _, time in timed), max))
+    shares, slowest = _rising(points)
     if ms < slowest[0]:
         ends = f"{slowest[0]:.3g} to {slowest[-1]:.3g} ms"
         raise OutOfReach(f"{ms:g} ms an image is out of reach: the latency table has {ends}")
     place = bisect.bisect(slowest, ms) - 1
-    share, time = timed[place][0], slowest[place]
-    if place + 1 == len(timed):
-        return share
-    return share + (timed[place + 1][0] - share) * (ms - time) / (slowest[place + 1] - time)
+    if place + 1 == len(shares):
+        return shares[place]
+    part = (ms - slowest[place]) / (slowest[place + 1] - slowest[place])
+    return shares[place] + part * (shares[place + 1] - shares[place])
+
+
+def latency_for_share(points: Sequence[tuple[float, float]], share: float) -> float:
+    """The milliseconds of a latency table at a share; beyond its ends those of the end."""
+    shares, slowest = _rising(points)
+    place = bisect.bisect(shares, share) - 1
+    if not 0 <= place < len(shares) - 1:
+        return slowest[0 if place < 0 else -1]
+    part = (share - shares[place]) / (shares[place + 1] - shares[place])
+    return slowest[place] + part * (slowest[place + 1] - slowest[place])
+
+
+def _rising(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Shares in rising order, and the slowest time up to each."""
+    timed = sorted(points)
+    return [share for share, _ in timed], list(itertools.accumulate((time for _, time in timed), max))

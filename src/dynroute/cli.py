@@ -47,7 +47,7 @@ LatencyTarget = Annotated[
         "--latency-target",
         metavar="MS",
         help="Milliseconds that an image alone may take in the mean, as a FLOPs target: by the table that `dynroute bench` "
-        "has made of this run on this machine, corrected by how fast the dense net is now.",
+        "has made of this run on this machine, corrected by how fast the nets are now.",
     ),
 ]
 

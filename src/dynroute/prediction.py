@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from dynroute.assembly import fingerprint, restore, trained_on
-from dynroute.calibration import Fit, read_budget
+from dynroute.calibration import Fit, read_budget, share_for_latency
 from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec, loader, pictures
 from dynroute.fit import LAST
 from dynroute.net import RoutedNet
 from dynroute.records import FORMS_FILE, route_text
-from dynroute.runs import environment, latency_share
+from dynroute.runs import environment, latency_table
 from dynroute.skipping import FastNet, load_forms
 
 
@@ -98,7 +98,7 @@ def open_run(
         net.set_limit(flops_max)
     spec = trained_on(content, path)
     if latency_ms is not None:
-        target = latency_share(run, latency_ms, net, config, spec, torch.device("cpu"))
+        target = share_for_latency(latency_table(run, net, config, spec, torch.device("cpu")), latency_ms)
     fit = None if target is None else _fit(run, target, flops_max)
     if fit is not None:
         net.router.setting = fit.setting

@@ -19,7 +19,15 @@ import torch
 from dynroute import __version__, plugins
 from dynroute.assembly import build, dense_twin, fingerprint, inference_parameters, make_teacher, restore, trained_as
 from dynroute.bench import POOL, Benched, Plan, Point, bench
-from dynroute.calibration import TOLERANCE, Fit, outdated, read_budget, share_for_latency, write_budget
+from dynroute.calibration import (
+    TOLERANCE,
+    Fit,
+    latency_for_share,
+    outdated,
+    read_budget,
+    share_for_latency,
+    write_budget,
+)
 from dynroute.config import CONFIG_FILE, Config, load_config
 from dynroute.contracts import Batch, InputError, Setting
 from dynroute.controls import CONTROLS
@@ -29,6 +37,7 @@ from dynroute.fit import BEST, LAST, Listener, Step, fit, load_checkpoint
 from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import (
+    BENCH_FILE,
     EVAL_FILE,
     ROUTES_FILE,
     BenchRow,
@@ -41,7 +50,9 @@ from dynroute.records import (
 )
 
 CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
-LOG_FILE, BENCH_FILE = "log.txt", "bench.csv"
+LOG_FILE = "log.txt"
+LATENCY_SECONDS, LATENCY_TRIES = 2.0, 4  # of each try of a time asked for
+LATENCY_CLOSE, LATENCY_MET = 0.03, 0.1  # how near needs no other try, and how near is near enough
 
 
 def prepare(config: Config) -> torch.device:
@@ -242,8 +253,27 @@ class Evaluator:
         return [round(low + (high - low) * i / (count - 1), 4) for i in range(count)]
 
     def share_at(self, ms: float) -> float:
-        """The share at which an image takes so many milliseconds, by the run's bench.csv: see `latency_share`."""
-        return latency_share(self.folder, ms, self.net, self.config, self.data.spec, self.device)
+        """The share at which an image alone takes so many milliseconds in the mean. Raises as `latency_table` does.
+
+        The table's share is tried on images of the calibration split, and the table corrected by the time it took; what
+        comes nearest in a few tries is returned, and a remark is left where that is not near.
+        """
+        table = latency_table(self.folder, self.net, self.config, self.data.spec, self.device)
+        plan = Plan(seconds=LATENCY_SECONDS, modes=frozenset({"dense", "skipping"}))
+        share, tried = share_for_latency(table, ms), list[tuple[float, float, float]]()
+        while True:
+            took = 1e3 / self.bench([Point(share, self.fitted(share).setting)], plan, "calib").rows[-1].images_per_s
+            tried.append((abs(took / ms - 1), share, took))
+            if tried[-1][0] <= LATENCY_CLOSE or len(tried) == LATENCY_TRIES:
+                break
+            slower = took / latency_for_share(table, share)
+            now = [(known, slower * time) for known, time in table]
+            share = share_for_latency(now, max(ms, min(time for _, time in now)))
+        off, share, took = min(tried)
+        if off > LATENCY_MET:
+            remark = f"{ms:g} ms an image were asked for; nearest came share {share:.3f}, which took {took:.3g} ms"
+            self.remarks = (*self.remarks, remark)
+        return share
 
     def controls(self, result: Result) -> list[Result]:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
@@ -346,14 +376,13 @@ class Evaluator:
         write_images(self.folder, setting, scores, part, self.data.spec)
 
 
-def latency_share(
-    folder: Path, ms: float, net: RoutedNet, config: Config, spec: DataSpec, device: torch.device
-) -> float:
-    """The share of the dense net's multiply-adds at which an image alone takes at most so many milliseconds in the mean.
+def latency_table(
+    folder: Path, net: RoutedNet, config: Config, spec: DataSpec, device: torch.device
+) -> list[tuple[float, float]]:
+    """Shares of the dense net's multiply-adds, and the milliseconds that an image alone takes at each in the mean.
 
-    By the rows of the run's bench.csv that this machine measured at batch 1 with as many threads as now, their times
-    corrected by how fast the dense net is now: machines have good and bad hours. Raises InputError where there are none,
-    OutOfReach where the time is too short for any.
+    The rows of the run's bench.csv that this machine measured at batch 1 with as many threads as now, their times
+    corrected by how fast the dense net is now: machines have good and bad hours. Raises InputError where there are none.
     """
     path, threads = folder / BENCH_FILE, torch.get_num_threads()
     wanted = {
@@ -375,7 +404,7 @@ def latency_share(
     points = [(_above_0(row, "macs_share", path), 1e3 / _above_0(row, "images_per_s", path)) for row in own]
     then = _above_0(dense[0], "images_per_s", path) if dense else None
     slower = then / dense_speed(net, config, spec, device) if then else 1.0
-    return share_for_latency([(share, slower * time) for share, time in points], ms)
+    return [(share, slower * time) for share, time in points]
 
 
 def _matching(rows: Sequence[dict[str, str]], wanted: dict[str, str]) -> list[dict[str, str]]:
