@@ -156,7 +156,10 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/budget_comparison/budget.csv budget
 	$(BIN)/dynroute compare experiments/results/ablation --out experiments/results/ablation_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/ablation_comparison/table.md ablation
+	$(BIN)/dynroute compare experiments/results/cifar100/small --out experiments/results/cifar100_comparison
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_comparison/table.md cifar100
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/latency_target.csv latency
 	$(BIN)/python experiments/readme_table.py README.md benchmarks/results/trained.csv trained
 	$(BIN)/python experiments/readme_table.py docs/dmnn_training.md benchmarks/results/dmnn_step.csv dmnn_step
 
