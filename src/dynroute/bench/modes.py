@@ -110,7 +110,7 @@ def bench(
     clock_name, clock = choose_clock(plan.clock, threads, device)
     if plan.batch > len(images_NCHW):
         raise InputError(f"a batch of {plan.batch} needs as many images, there are {len(images_NCHW)}")
-    if "onnxruntime" in plan.modes and (device.type != "cpu" or plan.dtype != "fp32"):
+    if plan.modes & {"onnxruntime", ONNX_SKIPPING} and (device.type != "cpu" or plan.dtype != "fp32"):
         raise InputError("--onnx runs on the processor in fp32 alone")
     with torch.inference_mode(), _kept_setting(net.router):
         made = _Cases(cast(net, plan.dtype), dense, images_NCHW, plan)

@@ -191,15 +191,15 @@ def possible_routes(router: Router) -> Tensor:
 
 def _pairs(u: int, units: Sequence[Unit], routes_RUG: Tensor | None) -> list[Pair]:
     """The branches of a unit: all that are legal, or those of the routes."""
-    own, above = units[u].spec, None if units[u].reads is None else units[units[u].reads or 0].spec
+    own, reads = units[u].spec, units[u].reads
     if routes_RUG is None:
-        reads = [()] if above is None else list(map(_pattern, options(above)))
-        return [(_pattern(keep_G), read) for read in reads for keep_G in options(own)]
-    taken = [
-        (_pattern(keep_UG[u, : own.parts]), _pattern(keep_UG[units[u].reads or 0, : above.parts]) if above else ())
-        for keep_UG in routes_RUG
-    ]
-    return list(dict.fromkeys(taken))
+        above = [()] if reads is None else list(map(_pattern, options(units[reads].spec)))
+        return [(_pattern(keep_G), read) for read in above for keep_G in options(own)]
+    owns = [_pattern(keep_UG[u, : own.parts]) for keep_UG in routes_RUG]
+    if reads is None:
+        return [(keep, ()) for keep in dict.fromkeys(owns)]
+    above = [_pattern(keep_UG[reads, : units[reads].spec.parts]) for keep_UG in routes_RUG]
+    return list(dict.fromkeys(zip(owns, above, strict=True)))
 
 
 def _at(router: Router, setting: Setting) -> Router:
