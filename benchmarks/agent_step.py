@@ -23,10 +23,10 @@ from dynroute.config import load_config
 from dynroute.contracts import Batch
 from dynroute.data import Dataset, Split, known_spec
 from dynroute.fit import _Part, set_modes
+from dynroute.provenance import commit, machine
 from dynroute.records import write_rows
 from dynroute.routers import Phase, cross_entropy
 from dynroute.routers.qlearn import random_widths
-from dynroute.runs import commit, machine
 
 RESULTS = Path(__file__).parent / "results" / "agent_step.csv"
 

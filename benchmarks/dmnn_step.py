@@ -29,8 +29,8 @@ from dynroute.config import load_config
 from dynroute.contracts import Batch
 from dynroute.data import Dataset, Split, known_spec
 from dynroute.fit import _Part, set_modes
+from dynroute.provenance import commit, machine
 from dynroute.records import read_rows, write_rows
-from dynroute.runs import commit, machine
 from dynroute.units import (
     GroupedBasic,
     GroupedBottleneck,

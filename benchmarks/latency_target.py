@@ -18,8 +18,10 @@ import torch
 
 from dynroute.bench import Plan, Point
 from dynroute.contracts import OutOfReach
+from dynroute.evaluation import Evaluator
+from dynroute.latency import dense_speed
+from dynroute.provenance import commit, machine
 from dynroute.records import read_rows, write_rows
-from dynroute.runs import Evaluator, commit, dense_speed, machine
 from dynroute.timing import Request, bench_path
 
 FILE = Path(__file__).parent / "results" / "latency_target.csv"

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from dynroute.assembly import untrained
 from dynroute.bench import POOL, Case, Plan, choose_clock, executor, interleaved, numbered
 from dynroute.net import RoutedNet
+from dynroute.provenance import commit, machine
 from dynroute.records import BenchRow, read_rows, write_rows
-from dynroute.runs import commit, machine, untrained
 from dynroute.timing import Request, bench_untrained, drawn
 
 HOME = Path(__file__).parent

@@ -17,9 +17,10 @@ import torch
 
 from dynroute.bench import Plan, Point
 from dynroute.data import loader
+from dynroute.evaluation import Evaluator
 from dynroute.measure import evaluate
+from dynroute.provenance import commit, machine
 from dynroute.records import read_rows, write_rows
-from dynroute.runs import Evaluator, commit, machine
 from dynroute.skipping import FastNet
 
 FILE = Path(__file__).parent / "results" / "trained.csv"

@@ -37,10 +37,10 @@ from dynroute.bench.others import Unavailable
 from dynroute.cli import main
 from dynroute.contracts import InputError
 from dynroute.net import RoutedNet
+from dynroute.provenance import affinity, environment
 from dynroute.records import BENCH_COLUMNS, BenchRow, merge_bench, read_rows
 from dynroute.report.read import read
 from dynroute.routers import Router, legal
-from dynroute.runs import affinity, environment
 from dynroute.skipping import FastNet, load_forms
 from dynroute.testing import close
 from dynroute.units import FORMS
@@ -297,7 +297,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few images in the pool."""
-    for module in ("runs", "timing"):
+    for module in ("evaluation", "timing"):
         monkeypatch.setattr(f"dynroute.{module}.POOL", 16)
 
 
@@ -366,7 +366,7 @@ def test_eval_latency_is_the_same_measurement(
         )
         return Benched([row], [], {})
 
-    monkeypatch.setattr("dynroute.runs.Evaluator.bench", slow)
+    monkeypatch.setattr("dynroute.evaluation.Evaluator.bench", slow)
     out, err = said(capsys, "eval", runs["static"], "--latency", "--json")
     (row,) = json.loads(out)["rows"]
     assert (row["latency_ms_p50"], row["speedup"], row["latency_batch"], row["latency_device"]) == (7.0, 0.9, 1, "cpu")

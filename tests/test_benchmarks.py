@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from dynroute.assembly import untrained
 from dynroute.config import load_config
 from dynroute.data import known_spec
 from dynroute.records import BenchRow, read_rows
 from dynroute.report.page import CONTROLS_HEADING
-from dynroute.runs import untrained
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.image_size=32", "backbone.width=8", "threads=1"]

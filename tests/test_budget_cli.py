@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dynroute import runs as made_runs
 from dynroute.bench import Benched, Point
 from dynroute.cli import main
+from dynroute.evaluation import Evaluator
+from dynroute.provenance import machine
 from dynroute.records import BenchRow, read_eval, read_rows, write_rows
 
 Capture = pytest.CaptureFixture[str]
@@ -70,7 +71,7 @@ def test_the_curve_has_ten_targets_from_end_to_end(run: Path, capsys: Capture) -
     found = evaluated(capsys, str(run), "--curve")
     targets = [row["flops_target"] for row in found["rows"]]
     assert len(targets) == 10 and targets == sorted(targets)
-    evaluator = made_runs.Evaluator.of(run)
+    evaluator = Evaluator.of(run)
     low, high = evaluator.dial.span()
     assert (targets[0], targets[-1]) == pytest.approx((low, high), abs=1e-4)
     assert not evaluator.dial.calibration.searched ^ set(targets)
@@ -90,7 +91,7 @@ def test_milliseconds_become_a_target_by_the_table_of_this_machine(
         "mode": "skipping",
         "batch": 1,
         "threads": torch.get_num_threads(),
-        "machine": made_runs.machine(torch.device("cpu")),
+        "machine": machine(torch.device("cpu")),
     }
     timed = [
         {**own, "flops_target": t, "images_per_s": 1e3 / ms, "macs_share": t} for t, ms in ((0.4, 2.0), (0.8, 4.0))
@@ -107,7 +108,7 @@ def test_milliseconds_become_a_target_by_the_table_of_this_machine(
         ms = slower * (2.0 + 5 * (tried[-1] - 0.4))
         return Benched([BenchRow("", "", "", "", "skipping", images_per_s=1e3 / ms)], [], {})
 
-    monkeypatch.setattr(made_runs.Evaluator, "bench", bench)
+    monkeypatch.setattr(Evaluator, "bench", bench)
     write_rows(run / "bench.csv", [*others, *timed])
     (row,) = evaluated(capsys, str(run), "--latency-target", "3")["rows"]
     assert row["flops_target"] == pytest.approx(0.6) and len(tried) == 1
@@ -122,7 +123,9 @@ def test_milliseconds_become_a_target_by_the_table_of_this_machine(
     slower = 1.0
     write_rows(run / "bench.csv", [*timed, {**timed[0], "mode": "dense_best", "images_per_s": 200}])
     with monkeypatch.context() as patch:
-        patch.setattr(made_runs, "dense_speed", lambda *_: 100.0)  # half as fast as then, so all takes twice as long
+        patch.setattr(
+            "dynroute.latency.dense_speed", lambda *_: 100.0
+        )  # half as fast as then, so all takes twice as long
         slower = 2.0
         (row,) = evaluated(capsys, str(run), "--latency-target", "6")["rows"]
         assert row["flops_target"] == pytest.approx(0.6)

@@ -22,13 +22,13 @@ from dynroute.calibration import EXACT
 from dynroute.cli import main
 from dynroute.contracts import Batch, InputError, spread
 from dynroute.data import DataSpec
+from dynroute.evaluation import Evaluator
 from dynroute.fit import OptimOptions, make_optimizers, set_modes
 from dynroute.measure import evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import read_rows
 from dynroute.routers import ROUTERS, Phase, cross_entropy
 from dynroute.routers.cascade import log_odds
-from dynroute.runs import Evaluator
 from dynroute.testing import check_agreement, check_backbone, check_router, check_unit, close, count_macs, shake
 from dynroute.units import WholeNet, answer
 from tiny import SPEC, make_net, make_router, pictures

@@ -18,11 +18,11 @@ from torch import Tensor
 from dynroute.cli import main
 from dynroute.contracts import Batch
 from dynroute.controls import CONTROLS, most_common, random, shuffled
+from dynroute.evaluation import Evaluator
 from dynroute.measure import evaluate
 from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, read_eval, write_rows
 from dynroute.report import compare, read
 from dynroute.report.tables import cells
-from dynroute.runs import Evaluator
 from dynroute.skipping import FastNet
 from test_report import row, save
 from tiny import make_net, pictures

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, InputError, Output, Trace, UnitSpec
+from dynroute.fit import OptimOptions, learning_curve, phase_curve
 from dynroute.net import RoutedNet
+from dynroute.routers import Phase, cross_entropy
 from dynroute.routers.gates import (
     DmnnOptions,
     GateRouter,
@@ -210,6 +212,44 @@ def test_rate_and_decay_of_the_gates_are_the_phases() -> None:
     assert (usual.router_scale, usual.router_decay) == (1.0, 0.0)
 
 
+def test_open_epochs_train_the_backbone_with_all_parts_on_one_curve_with_the_joint_ones() -> None:
+    net = make_net("dmnn", "paths")
+    opened, joint = phases(net, DmnnOptions(open_epochs=2, epochs=6))
+    assert (opened.name, opened.epochs, opened.trains, opened.target) == ("open", 2, ("backbone",), None)
+    assert opened.routes is not None and bool((opened.routes(5) == 1).all())
+    assert (opened.curve, joint.curve) == ((0.0, 0.25), (0.25, 1.0))
+    options = OptimOptions()
+    stretches = ((opened, 4), (joint, 12))
+    rates = [phase_curve(i / steps, phase, options) for phase, steps in stretches for i in range(steps)]
+    assert rates == pytest.approx([learning_curve(i / 16, 8, options) for i in range(16)])
+    (alone,) = phases(net, DmnnOptions())
+    assert alone.curve == (0.0, 1.0)
+
+
+def test_steps_of_the_rate_count_epochs_of_the_whole_curve() -> None:
+    phase = Phase("joint", 6, ("backbone",), cross_entropy, curve=(0.25, 1.0))
+    options = OptimOptions(schedule="step", step_epochs=4, step_factor=0.5)
+    assert [phase_curve(epoch / 6, phase, options) for epoch in range(6)] == [1, 1, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_the_noise_falls_over_the_last_part_of_the_joint_training() -> None:
+    net = make_net("dmnn", "paths")
+    assert isinstance(net.router, GateRouter)
+    (joint,) = phases(net, DmnnOptions(cooling=0.5))
+    (steady,) = phases(net, DmnnOptions())
+    assert joint.schedule is not None and steady.schedule is not None
+    seen = []
+    for done in (0.0, 0.5, 0.75, 1.0):
+        joint.schedule(done)
+        seen.append(net.router.noise)
+    assert seen == [1.0, 1.0, 0.5, 0.0]
+    torch.manual_seed(0)
+    trained = run(net.router.train())
+    assert all(torch.equal(a, b) for a, b in zip(trained, run(net.router.eval()), strict=True))
+    steady.schedule(1.0)
+    assert net.router.noise == 1.0
+
+
 def test_without_the_previous_state_there_is_no_w2() -> None:
     router = GateRouter(SPECS, DmnnOptions(previous=False)).eval()
     assert len(router.previous) == 0
@@ -226,7 +266,16 @@ def test_macs_by_hand_and_by_count(previous: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("target", 0.0), ("target", 1.5), ("hidden", 0), ("temperature", 0.0), ("open_at_start", 1.0)]
+    ("name", "value"),
+    [
+        ("target", 0.0),
+        ("target", 1.5),
+        ("hidden", 0),
+        ("temperature", 0.0),
+        ("open_at_start", 1.0),
+        ("open_epochs", -1),
+        ("cooling", 1.5),
+    ],
 )
 def test_options_out_of_range(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"router.{name}"):

@@ -11,11 +11,11 @@ import torchvision.models
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
+from dynroute.assembly import inference_parameters
 from dynroute.backbones import BACKBONES, BackboneOptions
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec
 from dynroute.net import RoutedNet
-from dynroute.runs import inference_parameters
 from dynroute.testing import check_unit, close, shake
 from dynroute.units import (
     AggregatedBottleneck,

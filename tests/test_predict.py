@@ -16,7 +16,7 @@ from dynroute.calibration import Calibration, read_budget, write_budget
 from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.data import load
-from dynroute.runs import environment
+from dynroute.provenance import environment
 from dynroute.skipping import FastNet, save_forms
 from dynroute.skipping.unit import MASKED
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 
 from dynroute import plugins
 from dynroute.backbones import Backbone, BackboneOptions, Cascade, make_backbone
-from dynroute.config import Config, from_text
+from dynroute.config import Config, from_text, load_config
 from dynroute.contracts import InputError
-from dynroute.data import DataSpec
+from dynroute.data import Dataset, DataSpec, known_spec, load
 from dynroute.fit import LAST, Teacher, load_checkpoint, load_tensors, load_weights
 from dynroute.net import RoutedNet
 from dynroute.routers.static import StaticOptions
@@ -165,3 +166,35 @@ def fingerprint(path: Path) -> str:
     """Sixteen hex digits of a file's content: tells whether what was stored about a checkpoint is about this one."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def prepare(config: Config) -> torch.device:
+    """Set threads and pick the device. Raises InputError for a device that is not there."""
+    torch.set_num_threads(config.top.threads or len(os.sched_getaffinity(0)))
+    name = config.top.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # which the meta device cannot do
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {name!r} is not usable here; device=cpu always is") from None
+    return device
+
+
+def on_device(config: Config, device: str | None) -> Config:
+    """The configuration with another device; None: as it is."""
+    return config if device is None else dataclasses.replace(config, top=dataclasses.replace(config.top, device=device))
+
+
+def untrained(source: Path, overrides: list[str] | None = None) -> tuple[Config, RoutedNet, DataSpec]:
+    """The net of a YAML file with random weights; its data is read only where its name does not tell enough."""
+    config = load_config(source, overrides)
+    sized = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None, nets=[]))
+    spec = known_spec(config.data) or dataset(config).spec
+    return config, build(sized, spec), spec
+
+
+def dataset(config: Config) -> Dataset:
+    """The data of a configuration."""
+    return load(config.data, make=plugins.find("dataset", config.data.name))

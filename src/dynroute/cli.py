@@ -181,11 +181,12 @@ def evaluate(
 ) -> None:
     """Evaluate a run, at its trained point or at FLOPs targets fitted on the calibration split (exit status 3 if missed)."""
     check_budgets(flops_target or [], flops_max, latency_target)
-    from dynroute import bench, runs
+    from dynroute import bench
+    from dynroute.evaluation import Evaluator
     from dynroute.records import as_dict
 
     with Status(f"opening {run}") as status:
-        evaluator = runs.Evaluator.of(run, checkpoint.value, flops_max)
+        evaluator = Evaluator.of(run, checkpoint.value, flops_max)
         targets: list[float | None] = [*(flops_target or [])]
         targets += [] if latency_target is None else [evaluator.share_at(latency_target)]
         if curve:

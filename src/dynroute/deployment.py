@@ -32,9 +32,9 @@ from dynroute.export import (
 from dynroute.fit import LAST
 from dynroute.net import RoutedNet
 from dynroute.prediction import Trained, open_run
+from dynroute.provenance import commit
 from dynroute.records import ROUTES_FILE, read_rows, route_text, write_file
 from dynroute.routers import legal
-from dynroute.runs import commit
 
 GRAPHS = ("skipping", "static")
 CHECKED = 32  # images, of as many routes as can be found, on which the file must agree with the net

@@ -219,7 +219,7 @@ class _Part:
             phase.schedule(done)
         for optimizer, tops in zip(self.optimizers, self.tops, strict=True):
             for group, top in zip(optimizer.param_groups, tops, strict=True):
-                group["lr"] = top * learning_curve(done, phase.epochs, self.options)
+                group["lr"] = top * phase_curve(done, phase, self.options)
         if self.teacher:
             said_BK = self.teacher(batch.images).clone()  # of an inference tensor, a plain one
             batch = batch._replace(
@@ -322,6 +322,12 @@ def split_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
     ]
     known = {id(p) for p in decayed}
     return decayed, [p for p in module.parameters() if id(p) not in known]
+
+
+def phase_curve(done: float, phase: Phase, options: OptimOptions) -> float:
+    """Part of the top rate when `done` (0..1) of a phase is over, on its own stretch of the learning curve."""
+    first, last = phase.curve
+    return learning_curve(first + (last - first) * done, round(phase.epochs / (last - first)), options)
 
 
 def learning_curve(done: float, epochs: int, options: OptimOptions) -> float:

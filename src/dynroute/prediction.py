@@ -17,9 +17,10 @@ from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec, loader, pictures
 from dynroute.fit import LAST
+from dynroute.latency import latency_table
 from dynroute.net import RoutedNet
+from dynroute.provenance import environment
 from dynroute.records import FORMS_FILE, route_text
-from dynroute.runs import environment, latency_table
 from dynroute.skipping import FastNet, load_forms
 
 

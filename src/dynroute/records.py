@@ -241,3 +241,12 @@ def _value(path: Path, column: str, text: str) -> Any:
         return float(text)
     except ValueError:
         raise InputError(f"{path}: {column} is {text!r}, not a number") from None
+
+
+def nearest(folder: Path) -> str:
+    """What follows "there is no such folder": the most similar name beside it, if there is one."""
+    import difflib
+
+    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
+    return f"; did you mean {folder.parent / near[0]}?" if near else ""

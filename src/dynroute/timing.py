@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dynroute.assembly import dense_twin, fingerprint
+from dynroute.assembly import dense_twin, fingerprint, on_device, prepare, untrained
 from dynroute.bench import (
     DTYPES,
     ONNX_SKIPPING,
@@ -32,11 +32,12 @@ from dynroute.calibration import TOLERANCE
 from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec
+from dynroute.evaluation import Evaluator
 from dynroute.fit import LAST
 from dynroute.net import RoutedNet
-from dynroute.records import BENCH_FILE, FORMS_FILE, BenchRow, merge_bench
+from dynroute.provenance import bench_labels, environment
+from dynroute.records import BENCH_FILE, FORMS_FILE, BenchRow, merge_bench, nearest
 from dynroute.routers import ranged
-from dynroute.runs import Evaluator, bench_labels, environment, nearest, on_device, prepare, untrained
 from dynroute.skipping import Forms, save_forms
 
 CLOCKS = ("auto", "thread", "wall")

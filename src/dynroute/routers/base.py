@@ -180,6 +180,7 @@ class Phase:
     passes: how often each minibatch is run, copy after copy in one forward pass, so that a loss may compare what one image
     gets under several routes: `routes` is asked for passes x B of them and `loss` is given as many images.
     target: share of the parts that the loss asks for, mean over units; an epoch that ends far from it is remarked upon.
+    curve: the stretch of the curve of the learning rate that the phase has; phases that together make one have a curve in common.
     """
 
     name: str
@@ -194,6 +195,7 @@ class Phase:
     schedule: Callable[[float], None] | None = None
     passes: int = 1
     target: float | None = None
+    curve: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)

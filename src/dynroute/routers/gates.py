@@ -45,6 +45,11 @@ class DmnnOptions:
     between; what is asked for is corrected until eval mode spends it. Empty: the one target. Ours."""
     epochs: int = 10
     """Epochs of joint training."""
+    open_epochs: int = 0
+    """Epochs before them in which every part runs and the backbone alone learns, on the same curve of the learning rate:
+    where epochs are few, gates drawn anew at every step make learning slow. Ours."""
+    cooling: float = 0.0
+    """Part of the joint training, at its end, over which the noise of the gates falls to none, as in eval mode. Ours."""
     hidden: int = 32
     """Hidden size d of the controllers (paper: 32)."""
     norm: bool = False
@@ -83,6 +88,8 @@ class DmnnOptions:
         if self.resource not in ("dmnn", "flops", "aig"):
             raise InputError(f"router.resource must be dmnn, flops or aig, not {self.resource!r}")
         ranged("router.epochs", self.epochs, 0, 100_000)
+        ranged("router.open_epochs", self.open_epochs, 0, 100_000)
+        ranged("router.cooling", self.cooling, 0.0, 1.0)
         ranged("router.hidden", self.hidden, 1, 65_536)
         ranged("router.resource_weight", self.resource_weight, 0.0, 1e6)
         ranged("router.temperature", self.temperature, 1e-3, 1e3)
@@ -105,8 +112,10 @@ class GateRouter(Router):
 
     A part runs when its open logit beats its closed one by more than price times its share of the unit's MACs. With a
     budget z has one more entry, the image's target, and the price first moves what is asked within the range.
+    noise: what the Gumbel noise of training is multiplied by.
     """
 
+    noise: float = 1.0
     train_only = ("category",)
     pooled = True
     told_K: Tensor
@@ -225,12 +234,12 @@ class GateRouter(Router):
         The arg-max of two Gumbel-perturbed logits is the sign of their difference plus logistic noise.
         """
         uniform = torch.rand_like(logits_BG).clamp(1e-6, 1 - 1e-6)
-        soft = torch.sigmoid((logits_BG + uniform.logit()) / self.options.temperature)
+        soft = torch.sigmoid((logits_BG + self.noise * uniform.logit()) / self.options.temperature)
         return (soft > 0.5).float() + (soft - soft.detach())  # in this order the sum is exactly 0 or 1
 
 
 def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
-    """One phase: everything is trained together on L = L_cls + L_cat + lambda L_res (16)."""
+    """Everything is trained together on L = L_cls + L_cat + lambda L_res (16); before it, if asked, the open net alone."""
     router, specs, span = net.router, net.router.specs, net.span()
     assert isinstance(router, GateRouter)
     weights_U = torch.tensor([category_weight(s) for s in specs])
@@ -269,10 +278,27 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
 
     # price 0, the trained point, stands in the middle of the range
     asked = sum(router.range) / 2 if router.range else float(targets_U.mean())
-    rate, decay = options.gate_lr, options.gate_decay
+    opened = options.open_epochs / max(1, options.open_epochs + options.epochs)
+    if options.open_epochs:
+        yield Phase(
+            "open", options.open_epochs, ("backbone",), cross_entropy, routes=net.dense_routes, curve=(0.0, opened)
+        )
     yield Phase(
-        "joint", options.epochs, ("backbone", "router"), loss, router_scale=rate, router_decay=decay, target=asked
+        "joint",
+        options.epochs,
+        ("backbone", "router"),
+        loss,
+        router_scale=options.gate_lr,
+        router_decay=options.gate_decay,
+        schedule=lambda done: cool(router, done, options.cooling),
+        target=asked,
+        curve=(opened, 1.0),
     )
+
+
+def cool(router: GateRouter, done: float, cooling: float) -> None:
+    """Set the noise of the gates when `done` (0..1) of the joint training is over: 1, and 0 at its end if there is cooling."""
+    router.noise = min(1.0, (1.0 - done) / cooling) if cooling else 1.0
 
 
 def executed(out: Output, parts_U: Tensor) -> Tensor:

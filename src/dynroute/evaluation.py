@@ -1,0 +1,277 @@
+"""From a run folder to result rows: the dial set for a target, the split measured, controls beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynroute.assembly import dataset, dense_twin, fingerprint, inference_parameters, on_device, prepare, restore
+from dynroute.bench import POOL, Benched, Plan, Point, bench
+from dynroute.calibration import (
+    TOLERANCE,
+    Fit,
+    latency_for_share,
+    outdated,
+    read_budget,
+    share_for_latency,
+    write_budget,
+)
+from dynroute.config import Config
+from dynroute.contracts import Batch, InputError, Setting
+from dynroute.controls import CONTROLS
+from dynroute.data import Dataset, limited, loader
+from dynroute.exhibits import write_images, write_names
+from dynroute.fit import BEST, LAST
+from dynroute.latency import latency_table
+from dynroute.measure import Dial, Scores, evaluate, make_dial
+from dynroute.net import RoutedNet
+from dynroute.provenance import bench_labels, commit, machine
+from dynroute.records import (
+    EVAL_FILE,
+    ROUTES_FILE,
+    BenchRow,
+    EvalRow,
+    merge_eval,
+    nearest,
+    read_rows,
+    route_text,
+    write_rows,
+)
+
+CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
+LATENCY_SECONDS, LATENCY_TRIES = 2.0, 4  # of each try of a time asked for
+LATENCY_CLOSE, LATENCY_MET = 0.03, 0.1  # how near needs no other try, and how near is near enough
+
+
+@dataclass
+class Result:
+    """One evaluated setting: its row, the range of shares the dial reaches, whether the target was missed, and each image.
+
+    timed: rows of the time that was measured with it, if it was.
+    """
+
+    row: EvalRow
+    reachable: tuple[float, float] | None
+    missed: bool
+    scores: Scores
+    timed: list[BenchRow] = dataclasses.field(default_factory=list)
+
+
+@dataclass
+class Evaluator:
+    """A trained run made ready to be measured: net, data, dial; each target reuses what earlier ones measured.
+
+    flops_max: share of the dense net's multiply-adds that no image may exceed. remarks: what the user should be told.
+    """
+
+    folder: Path
+    net: RoutedNet
+    config: Config
+    data: Dataset
+    device: torch.device
+    checkpoint: str
+    epochs: float
+    dial: Dial
+    flops_max: float | None = None
+    remarks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, folder: Path, checkpoint: str = "last", flops_max: float | None = None, device: str | None = None
+    ) -> Evaluator:
+        """Open a run folder. checkpoint: last (the end of the schedule) or best (by accuracy on the calibration split).
+
+        device: instead of the configuration's. Raises OutOfReach where flops_max lies below the cheapest route.
+        """
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a run folder{nearest(folder)}")
+        path = folder / (BEST if checkpoint == "best" else LAST)
+        net, config, content = restore(path)
+        place = prepare(on_device(config, device))
+        data = dataset(config)
+        stored = content["meta"]["data"]
+        if (data.spec.classes, data.spec.image_size) != (stored["classes"], stored["image_size"]):
+            raise InputError(
+                f"{config.data.name} has other classes or another image size now than {folder} was trained on"
+            )
+        net = net.to(place).eval()
+        net.set_limit(flops_max)
+        few = limited(data.calibration, CALIBRATED_ON)
+
+        def batches() -> Iterable[Batch]:
+            return loader(few, data.spec, 256, train=False, device=place, workers=config.data.workers)
+
+        dial = make_dial(net, len(few), batches, read_budget(folder, fingerprint(path), flops_max))
+        remarks = ("budget.json is of an older version: settings are fitted anew",) if outdated(folder) else ()
+        return cls(folder, net, config, data, place, checkpoint, len(content["rows"]), dial, flops_max, remarks)
+
+    def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
+        """Set the dial for a target by the calibration split (None: the trained point), then measure the split.
+
+        Writes the row into eval.csv, the per-image routes into routes.csv, and what `exhibits` leaves beside them.
+        """
+        fit = None if target is None else self.fitted(target)
+        setting = self.net.router.setting = fit.setting if fit else Setting()
+        part, batches = self._split(split)
+        scores = evaluate(self.net, batches)
+        row = self._row(scores, split, target, fit)
+        rows: list[BenchRow] = []
+        if timed:
+            plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
+            rows = self.bench([Point(target, setting)], plan, split).rows
+            row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
+            row.latency_ms_mean = 1e3 / rows[-1].images_per_s
+            row.latency_batch, row.latency_threads, row.latency_device = (
+                rows[-1].batch,
+                rows[-1].threads,
+                rows[-1].device,
+            )
+        merge_eval(self.folder / EVAL_FILE, row)
+        self._write_routes(scores, part, split, target)
+        missed = target is not None and abs(row.macs_share - target) > TOLERANCE
+        reachable = self.dial.calibration.span() if target is not None else None
+        return Result(row, reachable, missed, scores, rows)
+
+    def bench(self, points: Sequence[Point], plan: Plan, split: str = "test") -> Benched:
+        """What `bench.bench` finds at points of this run, on images of a split."""
+        part, _ = self._split(split)
+        images = max(POOL, 2 * plan.batch)
+        few = limited(part, images)
+        workers = self.config.data.workers
+        batch = next(iter(loader(few, self.data.spec, images, train=False, device=self.device, workers=workers)))
+        dense = dense_twin(self.config, self.data.spec).backbone.to(self.device)
+        labels = bench_labels(self.config, self.device) | {"run": self.folder.name}
+        return bench(self.net, dense, batch.images, points, plan, labels)
+
+    def targets(self, count: int = 10) -> list[float]:
+        """So many targets across the range that the dial reaches, its ends included."""
+        low, high = self.dial.span()
+        return [round(low + (high - low) * i / (count - 1), 4) for i in range(count)]
+
+    def share_at(self, ms: float) -> float:
+        """The share at which an image alone takes so many milliseconds in the mean. Raises as `latency_table` does.
+
+        The table's share is tried on images of the calibration split, and the table corrected by the time it took; what
+        comes nearest in a few tries is returned, and a remark is left where that is not near.
+        """
+        table = latency_table(self.folder, self.net, self.config, self.data.spec, self.device)
+        plan = Plan(seconds=LATENCY_SECONDS, modes=frozenset({"dense", "skipping"}))
+        share, tried = share_for_latency(table, ms), list[tuple[float, float, float]]()
+        while True:
+            took = 1e3 / self.bench([Point(share, self.fitted(share).setting)], plan, "calib").rows[-1].images_per_s
+            tried.append((abs(took / ms - 1), share, took))
+            if tried[-1][0] <= LATENCY_CLOSE or len(tried) == LATENCY_TRIES:
+                break
+            slower = took / latency_for_share(table, share)
+            now = [(known, slower * time) for known, time in table]
+            share = share_for_latency(now, max(ms, min(time for _, time in now)))
+        off, share, took = min(tried)
+        if off > LATENCY_MET:
+            remark = f"{ms:g} ms an image were asked for; nearest came share {share:.3f}, which took {took:.3g} ms"
+            self.remarks = (*self.remarks, remark)
+        return share
+
+    def controls(self, result: Result) -> list[Result]:
+        """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
+
+        shuffled and random keep the router's multiply-adds and so stand at the routed row's cost; most_common is a static
+        net, which needs no router and is not charged for one. Writes the rows into eval.csv.
+        """
+        routes_NUG, routed = result.scores.keep_NUG, result.row
+        made: list[Result] = []
+        for name, control in CONTROLS.items() if routed.routes > 1 else ():
+            given = control.routes(routes_NUG, self.config.top.seed)
+            scores = evaluate(self.net, self._split(routed.split)[1], routes_NUG=given)
+            unpaid = 0.0 if control.pays_router else self.net.cost.router
+            scores.macs_N = scores.macs_N - unpaid
+            row = self._row(scores, routed.split, routed.flops_target, None)
+            row.control, row.price, row.router_share = name, routed.price, row.router_share - unpaid / row.macs_dense
+            if not control.pays_router:
+                row.params = sum(p.numel() for p in self.net.backbone.parameters())
+            merge_eval(self.folder / EVAL_FILE, row)
+            made.append(Result(row, None, False, scores))
+        return made
+
+    def fitted(self, target: float) -> Fit:
+        """Setting and expected share for a target; what was measured on the way is stored in budget.json."""
+        known = self.dial.calibration
+        before, fit = len(known.searched), self.dial.find(target)
+        if len(known.searched) > before:
+            path = self.folder / (BEST if self.checkpoint == "best" else LAST)
+            write_budget(self.folder, fingerprint(path), known, self.flops_max)
+        return fit
+
+    def _split(self, split: str) -> tuple[Any, Any]:
+        """A split and its batches."""
+        part = self.data.test if split == "test" else self.data.calibration
+        workers = self.config.data.workers
+        return part, loader(part, self.data.spec, 256, train=False, device=self.device, workers=workers)
+
+    def _row(self, scores: Scores, split: str, target: float | None, fit: Fit | None) -> EvalRow:
+        config, cost = self.config, self.net.cost
+        setting = fit.setting if fit else Setting()
+        return EvalRow(
+            run=self.folder.name,
+            method=config.router_name,
+            backbone=config.backbone.name,
+            dataset=config.data.name,
+            seed=config.top.seed,
+            split=split,
+            flops_target=target,
+            price=setting.price,
+            price_other=setting.other if setting.part else None,
+            price_part=setting.part if setting.part else None,
+            share_calib=fit.share if fit else None,
+            share_low=fit.low if fit else None,
+            share_high=fit.high if fit else None,
+            flops_max=self.flops_max,
+            macs_mean=float(scores.macs_N.mean()),
+            macs_p5=scores.macs_at(0.05),
+            macs_p95=scores.macs_at(0.95),
+            macs_dense=cost.dense,
+            macs_share=float(scores.macs_N.mean()) / cost.dense,
+            router_share=cost.router / cost.dense,
+            top1=float(scores.right_N.double().mean()),
+            top5=float(scores.top5_N.double().mean()),
+            loss=float(scores.loss_N.double().mean()),
+            n=len(scores.right_N),
+            routes=scores.routes(),
+            params=inference_parameters(self.net),
+            epochs=self.epochs,
+            checkpoint=self.checkpoint,
+            weights="+".join(Path(p).name for p in (config.backbone.weights, *config.backbone.nets) if p),
+            machine=machine(self.device),
+            commit=commit(),
+            config_hash=config.hash(),
+            torch=torch.__version__,
+        )
+
+    def _write_routes(self, scores: Scores, part: Any, split: str, target: float | None) -> None:
+        """One line an image: what it is, what was predicted, what it cost, which parts ran (units between slashes)."""
+        path = self.folder / ROUTES_FILE
+        asked, most = ("" if share is None else f"{share:.12g}" for share in (target, self.flops_max))
+        old = read_rows(path) if path.exists() else []
+        setting = {"split": split, "flops_target": asked, "flops_max": most, "checkpoint": self.checkpoint}
+        kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
+        parts = [spec.parts for spec in self.net.backbone.specs]
+        routes = [route_text(keep_UG, parts) for keep_UG in scores.keep_NUG.tolist()]
+        columns: dict[str, list[Any]] = {
+            "index": scores.index_N.tolist(),
+            "label": scores.label_N.tolist(),
+            "predicted": scores.predicted_N.tolist(),
+            "loss": scores.loss_N.tolist(),
+            "macs": scores.macs_N.tolist(),
+            "route": routes,
+        }
+        for name in ("superclasses", "difficulty"):
+            if getattr(part, name) is not None:
+                columns[name.removesuffix("es")] = getattr(part, name)[scores.index_N].tolist()
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        write_rows(path, [*kept, *(setting | row for row in rows)])
+        write_names(self.folder, self.data.spec, self.net.backbone.specs)
+        write_images(self.folder, setting, scores, part, self.data.spec)
