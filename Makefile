@@ -12,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
-CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr multipath dmnn rnp
+CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr rnr_40 rnr_60 multipath dmnn rnp
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
@@ -62,12 +62,13 @@ format: .venv/ready
 
 # $(call rows,folder,names,targets,words): train with these words, evaluate and keep the CSV of each. A run resumes where it was
 # stopped; a finished one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled;
-# the slimmable net at its widths.
+# one trained for a single budget at that, the slimmable net at its widths.
 define rows
 @for name in $(2); do \
   $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml $(if $(filter shapes,$(1)),,data.path=$(DATA)) $(4) \
     --out runs/$(1)/$$name --resume && \
   case $$name in \
+    rnr_*) $(BIN)/dynroute eval runs/$(1)/$$name --flops-target 0.$${name##*_} --controls || test $$? -eq 3 ;; \
     rn*|dmnn*|aig*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \
     slimmable) $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,0.25 0.5 0.75 1,--flops-target $(t)) || test $$? -eq 3 ;; \
