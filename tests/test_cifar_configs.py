@@ -13,6 +13,7 @@ from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.data import known_spec
 from dynroute.records import read_rows
+from dynroute.routers.gates import DmnnOptions
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SMALL = ["optim.batch_size=32", "optim.amp=none", "device=cpu", "threads=1"]
@@ -122,13 +123,19 @@ def test_rows_of_dmnns_tables_say_what_their_names_say(path: Path) -> None:
 @pytest.mark.parametrize("folder", ["ablation", "cifar100/small", "cifar100/resnet50"])
 def test_rows_of_a_table_share_one_recipe(folder: str) -> None:
     configs = [load_config(p) for p in (EXPERIMENTS / folder).glob("*.yaml") if p.stem != "cascade"]
-    assert len({(c.backbone.name, str(c.optim), str(c.data), c.router.epochs) for c in configs}) == 1
+    epochs = {c.router.epochs + getattr(c.router, "open_epochs", 0) for c in configs}
+    assert len(epochs) == len({(c.backbone.name, str(c.optim), str(c.data)) for c in configs}) == 1
+    gated = [c.router for c in configs if isinstance(c.router, DmnnOptions)]
+    assert len({(r.open_epochs, r.cooling) for r in gated}) == 1
 
 
 @pytest.mark.parametrize("path", ["small/dmnn_50", "small/aig_50", "small/dense", "resnet50/dmnn_t0.5"])
 def test_rows_of_dmnns_tables_start(path: str, arrays: dict[str, Path], tmp_path: Path) -> None:
     words = ["router.epochs=1", "backbone.width=16", "optim.lr=0.01"]
     phases = start(EXPERIMENTS / "cifar100" / f"{path}.yaml", arrays["cifar100"], tmp_path / "run", *words)
-    assert phases == ["train" if "dense" in path else "joint"]
+    if "dense" in path:
+        assert phases == ["train"]
+    else:
+        assert phases == [*["open"] * (2 if "small" in path else 0), "joint"]
     if "dmnn" in path:
-        assert float(read_rows(tmp_path / "run" / "train.csv")[0]["loss_category"]) > 0
+        assert float(read_rows(tmp_path / "run" / "train.csv")[-1]["loss_category"]) > 0

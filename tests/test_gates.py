@@ -226,6 +226,23 @@ def test_open_epochs_train_the_backbone_with_all_parts_on_one_curve_with_the_joi
     assert alone.curve == (0.0, 1.0)
 
 
+def test_parts_that_cost_more_than_the_dense_net_are_asked_for_less_often() -> None:
+    """Both terms of the resource loss vanish near one point: that many parts cost the target."""
+    net = make_net("dmnn", "paths", path_least=24)
+    dearest = net.span()[1]
+    assert dearest > 1.3
+    (phase,) = phases(net, DmnnOptions(target=0.5, resource_weight=1.0))
+    assert phase.target == pytest.approx(0.5 / dearest)
+    (blocks,) = phases(net, DmnnOptions(target=0.5, resource="aig"))
+    (free,) = phases(net, DmnnOptions(target=0.5, resource="flops"))
+    assert (blocks.target, free.target) == (0.5, None)
+    keep_BUG = torch.zeros(10, len(net.router.specs), 2)
+    keep_BUG[:, :, 0] = (torch.arange(10) < round(20 * 0.5 / dearest)).float()[:, None]  # of 20 parts
+    labelled = Batch(pictures(10), torch.arange(10), None, torch.arange(10))
+    out = net(labelled.images, keep_BUG)
+    assert float(phase.loss(out, labelled)["loss_resource"]) < 0.01
+
+
 def test_steps_of_the_rate_count_epochs_of_the_whole_curve() -> None:
     phase = Phase("joint", 6, ("backbone",), cross_entropy, curve=(0.25, 1.0))
     options = OptimOptions(schedule="step", step_epochs=4, step_factor=0.5)

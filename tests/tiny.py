@@ -40,9 +40,10 @@ def make_backbone(
     width: int = 8,
     size: int = 16,
     classes: int = 10,
+    path_least: int = 0,
 ) -> Backbone:
     """A backbone for 16-pixel images, not trained."""
-    options = BackboneOptions(name, unit=unit, parts=parts, width=width, shortcut=shortcut)
+    options = BackboneOptions(name, unit=unit, parts=parts, width=width, shortcut=shortcut, path_least=path_least)
     if unit == "choice" and parts:
         options.widths = [(g + 1) / parts for g in range(parts)]
     data = replace(SPEC, image_size=size, classes=classes)

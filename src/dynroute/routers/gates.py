@@ -37,7 +37,8 @@ class DmnnOptions:
     """The `router` section for router.name=dmnn. "Ours" marks what the paper does not state."""
 
     target: float = TARGET
-    """Target t = r: share of the dense net's multiply-adds, and of the sub-blocks of each block, that should run."""
+    """Target t: share of the dense net's multiply-adds that should run, and r of each block's sub-blocks, r = t over the share
+    that all of them together cost, so that (12) and (14) ask for the same. With resource=aig, share of the blocks."""
     targets: list[float] = field(default_factory=list)
     """Share of the sub-blocks of each block that should run, in the order of the blocks (ConvNet-AIG); empty: target for all."""
     budget: list[float] | None = None
@@ -243,8 +244,14 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
     router, specs, span = net.router, net.router.specs, net.span()
     assert isinstance(router, GateRouter)
     weights_U = torch.tensor([category_weight(s) for s in specs])
-    targets_U = torch.tensor(options.targets or [options.target] * len(specs))
     parts_U = torch.tensor([s.parts for s in specs])
+
+    def of_parts(target: Tensor) -> Tensor:
+        """r: the part of the sub-blocks that goes with a target."""
+        return target if options.resource == "aig" else (target / span[1]).clamp(max=1.0)
+
+    alike = of_parts(torch.tensor(options.target)).expand(len(specs))
+    targets_U = torch.tensor(options.targets) if options.targets else alike
 
     def resource(out: Output, target: float | Tensor, targets_U: Tensor) -> Tensor:
         if options.resource == "aig":
@@ -260,7 +267,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         for group in told_B.argsort().tensor_split(GROUPS):
             target = told_B[group].mean()
             part = Output(out.logits_BK, Trace(out.trace.keep_BUG[group], {}), out.macs_B[group])
-            losses.append(resource(part, target, target.expand(len(specs))))
+            losses.append(resource(part, target, of_parts(target).expand(len(specs))))
         return torch.stack(losses).mean()
 
     def loss(out: Output, batch: Batch) -> dict[str, Tensor]:
@@ -276,8 +283,8 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
             terms["loss_category"] = category_loss(out, batch.superclasses, weights_U)
         return terms
 
-    # price 0, the trained point, stands in the middle of the range
-    asked = sum(router.range) / 2 if router.range else float(targets_U.mean())
+    # price 0, the trained point, stands in the middle of the range; the FLOPs term alone asks for no number of parts
+    asked = of_parts(torch.tensor(router.range.dial(0.0)[0])) if router.range else targets_U.mean()
     opened = options.open_epochs / max(1, options.open_epochs + options.epochs)
     if options.open_epochs:
         yield Phase(
@@ -291,7 +298,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         router_scale=options.gate_lr,
         router_decay=options.gate_decay,
         schedule=lambda done: cool(router, done, options.cooling),
-        target=asked,
+        target=None if options.resource == "flops" else float(asked),
         curve=(opened, 1.0),
     )
 
