@@ -20,6 +20,7 @@ from dynroute.calibration import (
     write_budget,
 )
 from dynroute.contracts import InputError, OutOfReach, Setting
+from dynroute.measure import Dial
 
 STEPS = [(-9.0, 1.0), (-0.5, 0.8), (0.0, 0.5), (0.5, 0.3), (9.0, 0.3)]
 
@@ -90,7 +91,7 @@ def test_out_of_reach_is_said_with_the_range() -> None:
 def test_what_is_stored_is_read_again_by_limit_and_checkpoint(tmp_path: Path) -> None:
     assert read_budget(tmp_path, "a") is None and not outdated(tmp_path)
     free, capped = calibration(STEPS), calibration(STEPS[2:])
-    free.searched |= {0.6, 0.5}
+    free.searched = {target: free.fit(target) for target in (0.6, 0.5)}
     write_budget(tmp_path, "a", free)
     write_budget(tmp_path, "a", capped, 0.7)
     write_budget(tmp_path, "a", free)
@@ -98,11 +99,24 @@ def test_what_is_stored_is_read_again_by_limit_and_checkpoint(tmp_path: Path) ->
     assert read_budget(tmp_path, "a", 0.8) is None and read_budget(tmp_path, "b") is None
     stored = json.loads((tmp_path / "budget.json").read_text())
     table = {entry["target"]: entry for dial in stored["dials"] for entry in dial["targets"]}
-    assert stored["images"] == 400 and sorted(table) == [0.5, 0.6]
+    assert {dial["images"] for dial in stored["dials"]} == {400} and sorted(table) == [0.5, 0.6]
     assert Setting(*(table[0.6][name] for name in ("price", "other", "part"))) == free.fit(0.6).setting
     assert table[0.6]["low"] < table[0.6]["share"] < table[0.6]["high"]
-    write_budget(tmp_path, "b", capped)  # another checkpoint: nothing of the old one stays
-    assert read_budget(tmp_path, "a") is None and read_budget(tmp_path, "b", 0.7) is None
+    write_budget(tmp_path, "b", capped, standing={"a", "b"})  # best.pt beside last.pt: both stay
+    assert read_budget(tmp_path, "a") == free and read_budget(tmp_path, "b") == capped
+    write_budget(tmp_path, "c", capped)  # trained anew: nothing of the old ones stays
+    assert read_budget(tmp_path, "a") is None and read_budget(tmp_path, "c", 0.7) is None
+
+
+def test_a_target_searched_for_keeps_its_setting_whatever_is_measured_later() -> None:
+    shares = {-9.0: 1.0, 0.0: 0.5, 9.0: 0.1}
+    dial = Dial(lambda price: (shares.get(price, 0.5 - price / 20), 0.1), (-9.0, 9.0))
+    found = dial.find(0.5)
+    assert found.setting == Setting(0.0)
+    dial.calibration.add(-0.5, 0.5015, 0.1)
+    dial.calibration.add(0.5, 0.5, 0.1)
+    dial.calibration.points.pop(0.0)  # so that a fit made anew would be another one
+    assert dial.find(0.5) == dial.calibration.fit(0.5) == dial.calibration.within_reach(0.5) == found
 
 
 def test_the_first_format_is_outdated_and_holds_nothing(tmp_path: Path) -> None:
@@ -112,7 +126,7 @@ def test_the_first_format_is_outdated_and_holds_nothing(tmp_path: Path) -> None:
     assert not outdated(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', '{"format": 2, "checkpoint": "a", "dials": [1]}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 3}', '{"format": 3, "dials": [1]}'])
 def test_a_broken_file_is_said(content: str, tmp_path: Path) -> None:
     (tmp_path / "budget.json").write_text(content)
     with pytest.raises(InputError, match="is not a table of settings"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dynroute.contracts import InputError
-from dynroute.records import write_rows
+from dynroute.records import read_rows, write_rows
 from dynroute.report import compare
 from dynroute.report.paired import Answers, answers, over_seeds, paired, unpaired
 from dynroute.report.tables import control_cells
@@ -60,8 +60,48 @@ def test_answers_are_read_by_target_in_the_order_of_the_images(tmp_path: Path) -
     text = (tmp_path / "routes.csv").read_text()
     (tmp_path / "routes.csv").write_text(text + text.split("\n", 1)[1].replace("0.5", "").replace("last,3", "best,3"))
     found = answers(tmp_path / "routes.csv")
-    assert found[0.5].right_N.tolist() == [1, 1, 0, 1]
-    assert found[None].right_N.tolist() == [1, 1, 0]  # image 3 is of another checkpoint
+    assert found["test", "0.5", "", "last"].right_N.tolist() == [1, 1, 0, 1]
+    assert found["test", "", "", "last"].right_N.tolist() == [1, 1, 0]  # image 3 is of another checkpoint
+    assert found["test", "", "", "best"].right_N.tolist() == [1]
+
+
+def test_limited_and_best_rows_are_paired_with_images_of_their_own(tmp_path: Path) -> None:
+    static = row(0.5, 0.5, run="st", method="static", config_hash="st")
+    own = [row(0.5, 0.75, run="d"), row(0.5, 0.5, run="d", flops_max=0.7), row(0.5, 0.25, run="d", checkpoint="best")]
+    paths = save(tmp_path, static, *own)
+    routes(tmp_path / "st", "", "1100")
+    lines = []
+    for most, checkpoint, bits in (("", "last", "1101"), ("0.7", "last", "1001"), ("", "best", "1000")):
+        setting = {"split": "test", "flops_target": "", "flops_max": most, "checkpoint": checkpoint}
+        lines += [{**setting, "index": i, "label": 0, "predicted": 1 - int(b), **PLAIN} for i, b in enumerate(bits)]
+    write_rows(tmp_path / "d" / "routes.csv", lines)
+    made = compare(paths, tmp_path / "out")
+    found = made.controls[made.controls["control"] == "static, narrower"]
+    assert sorted(found["difference"]) == pytest.approx([-25, 0, 25])
+    assert set(found["interval"]) == {"paired"} and made.left_out == []
+    report = read_rows(tmp_path / "out" / "routes_report.csv")
+    assert [int(float(line["n"])) for line in report] == [4, 4, 4]
+
+
+def test_a_control_is_paired_with_its_row_by_its_own_answers(tmp_path: Path) -> None:
+    paths = save(tmp_path, row(0.5, 0.75, run="d"), row(0.5, 0.5, run="d", control="shuffled"))
+    routes(tmp_path / "d", "", "1101")
+    setting = {"split": "test", "flops_target": "", "flops_max": "", "checkpoint": "last", "control": "shuffled"}
+    answered = [{**setting, "index": i, "label": 0, "predicted": 1 - int(b)} for i, b in enumerate("1100")]
+    write_rows(tmp_path / "d" / "control_answers.csv", answered)
+    (line,) = compare(paths, tmp_path / "out").controls.to_dict("records")
+    half = 195.9964 * (1 / 4 - 1 / 16) ** 0.5 / 2
+    assert (line["interval"], line["difference"]) == ("paired", pytest.approx(25))
+    assert line["low"] == pytest.approx(25 - half)
+
+
+def test_a_control_of_other_seeds_than_its_row_is_named_and_not_compared(tmp_path: Path) -> None:
+    own = [row(0.5, 0.8, run=f"d-s{seed}", seed=seed, flops_target=0.5) for seed in (0, 1)]
+    control = row(0.5, 0.7, run="d-s1", seed=1, flops_target=0.5, control="shuffled")
+    made = compare(save(tmp_path, *own, control), tmp_path / "out")
+    assert made.controls.empty
+    (said,) = made.left_out
+    assert "shuffled control is of seeds 1, the row of 0 1" in said.reason
 
 
 @pytest.mark.parametrize(
@@ -70,10 +110,9 @@ def test_answers_are_read_by_target_in_the_order_of_the_images(tmp_path: Path) -
         ("x,y\n1,2\n", "lacks the columns split"),
         ("", "half-written"),
         ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,", "half-written"),
-        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1\n", "not a routes.csv"),
-        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,cat\n", "not a routes.csv"),
-        ("split,flops_target,checkpoint,index,label,predicted\ntest,half,last,0,1,1\n", "not a routes.csv"),
-        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,1,7,8\n", "not a routes.csv"),
+        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1\n", "do not fit its header"),
+        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,cat\n", "not a table of images"),
+        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,1,7,8\n", "do not fit its header"),
     ],
 )
 def test_a_broken_routes_file_is_an_input_error(tmp_path: Path, content: str, said: str) -> None:

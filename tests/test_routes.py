@@ -127,7 +127,7 @@ def test_of_several_seeds_the_lowest_is_reported(tmp_path: Path) -> None:
         ("route", "path", "lacks the columns route"),
         ("1/1/10", "1/2/10", "that are no bits"),
         ("1/1/10", "1/1", "of different nets"),
-        (",0.1,", ",much,", "is not a table of routes"),
+        (",0.1,", ",much,", "is not a table of images"),
         ("0.5,last", "0.6,last", "no routes at target 0.5"),
     ],
 )

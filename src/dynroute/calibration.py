@@ -3,7 +3,9 @@
 A dial is measured at prices; each gives the mean share of the calibration images and how much single images differ. Among
 the prices a chain is kept along which the share falls as the price rises. A target that a link of the chain meets gets that
 price; one between two links gets both, mixed so that the expected share is the target. So the map is monotone: a higher
-target never has a lower expected share. A share is a part of the dense net's multiply-adds. All ours.
+target never has a lower expected share. A target that was searched for keeps the setting that it then got, whatever is
+measured later (so a row of eval.csv, `predict` and `export` are of one net).
+A share is a part of the dense net's multiply-adds. All ours.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import bisect
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ TOLERANCE = 0.02  # a target is missed when the reached share is further away
 EXACT = 0.002  # a price whose share is as near as this is used alone
 CLOSE = 0.01  # two prices whose shares are as near as this are mixed without a search for one in between
 Z95 = 1.959964  # of the normal distribution, two-sided
-FORMAT = 2  # of budget.json; the first had no spread
+FORMAT = 3  # of budget.json; the first had no spread, the second one checkpoint alone
 
 
 class Point(NamedTuple):
@@ -47,11 +49,11 @@ class Fit:
 
 @dataclass
 class Calibration:
-    """The points measured so far, by price, over so many images; targets that were searched for and need no search again."""
+    """The points measured so far, by price, over so many images; what targets that were searched for were given."""
 
     images: int
     points: dict[float, Point] = field(default_factory=dict)
-    searched: set[float] = field(default_factory=set)
+    searched: dict[float, Fit] = field(default_factory=dict)
 
     def add(self, price: float, share: float, spread: float) -> None:
         """One more measured price."""
@@ -72,6 +74,8 @@ class Calibration:
 
     def fit(self, target: float) -> Fit:
         """The setting for a target; out of reach, that of the nearest end. Of prices with one share, the nearest to zero."""
+        if target in self.searched:
+            return self.searched[target]
         chain = self.chain()
         near = min(chain, key=lambda point: (abs(point.share - target), abs(point.price)))
         place = bisect.bisect([point.share for point in chain], target)
@@ -115,12 +119,10 @@ def read_budget(folder: Path, fingerprint: str, limit: float | None = None) -> C
     """
     try:
         content = _content(folder)
-        if content.get("format") != FORMAT or content["checkpoint"] != fingerprint:
-            return None
-        for dial in content["dials"]:
-            if dial["flops_max"] == limit:
+        for dial in content["dials"] if content.get("format") == FORMAT else ():
+            if (dial["checkpoint"], dial["flops_max"]) == (fingerprint, limit):
                 points = {float(row[0]): Point(*map(float, row)) for row in dial["points"]}
-                return Calibration(int(content["images"]), points, {float(t["target"]) for t in dial["targets"]})
+                return Calibration(int(dial["images"]), points, {float(t["target"]): _fit(t) for t in dial["targets"]})
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise InputError(
             f"{folder / BUDGET_FILE} is not a table of settings ({type(error).__name__}); delete it"
@@ -136,26 +138,39 @@ def outdated(folder: Path) -> bool:
         return False
 
 
-def write_budget(folder: Path, fingerprint: str, calibration: Calibration, limit: float | None = None) -> None:
+def write_budget(
+    folder: Path,
+    fingerprint: str,
+    calibration: Calibration,
+    limit: float | None = None,
+    standing: Collection[str] = (),
+) -> None:
     """Store the points, dearest first, and the setting and expected share of each target searched for.
 
-    The dials of other limits stay, if they are of the same checkpoint.
+    Dials of other limits stay, and those of other checkpoints that are `standing` (fingerprints of what the folder holds).
     """
     try:
         old = _content(folder)
     except (ValueError, OSError):
         old = {}
-    same = old.get("format") == FORMAT and old.get("checkpoint") == fingerprint
-    dials = [dial for dial in (old["dials"] if same else []) if dial["flops_max"] != limit]
-    targets = [{"target": target, **_flat(calibration.fit(target))} for target in sorted(calibration.searched)]
-    dials.append({"flops_max": limit, "points": sorted(calibration.points.values()), "targets": targets})
-    content = {"format": FORMAT, "checkpoint": fingerprint, "images": calibration.images, "dials": dials}
+    kept, own = {fingerprint, *standing}, (fingerprint, limit)
+    dials = [dial for dial in (old["dials"] if old.get("format") == FORMAT else []) if dial["checkpoint"] in kept]
+    dials = [dial for dial in dials if (dial["checkpoint"], dial["flops_max"]) != own]
+    targets = [{"target": target, **_flat(fit)} for target, fit in sorted(calibration.searched.items())]
+    made = {"checkpoint": fingerprint, "flops_max": limit, "images": calibration.images}
+    dials.append({**made, "points": sorted(calibration.points.values()), "targets": targets})
+    content = {"format": FORMAT, "dials": dials}
     write_text(folder / BUDGET_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def _flat(fit: Fit) -> dict[str, float]:
     plain = asdict(fit)
     return {**plain.pop("setting"), **plain}
+
+
+def _fit(flat: dict[str, Any]) -> Fit:
+    setting = Setting(*(float(flat[key]) for key in ("price", "other", "part")))
+    return Fit(setting, *(float(flat[key]) for key in ("share", "low", "high")))
 
 
 def _content(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.provenance import bench_labels, commit, machine
 from dynroute.records import (
+    ANSWERS_FILE,
     EVAL_FILE,
     ROUTES_FILE,
     BenchRow,
@@ -180,10 +181,12 @@ class Evaluator:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
 
         shuffled and random keep the router's multiply-adds and so stand at the routed row's cost; most_common is a static
-        net, which needs no router and is not charged for one. Writes the rows into eval.csv.
+        net, which needs no router and is not charged for one. Writes the rows into eval.csv, and what each image was taken
+        for into control_answers.csv.
         """
         routes_NUG, routed = result.scores.keep_NUG, result.row
         made: list[Result] = []
+        answered: list[dict[str, Any]] = []
         for name, control in CONTROLS.items() if routed.routes > 1 else ():
             given = control.routes(routes_NUG, self.config.top.seed)
             scores = evaluate(self.net, self._split(routed.split)[1], routes_NUG=given)
@@ -195,6 +198,9 @@ class Evaluator:
                 row.params = sum(p.numel() for p in self.net.backbone.parameters())
             merge_eval(self.folder / EVAL_FILE, row)
             made.append(Result(row, None, False, scores))
+            answered += [{"control": name, **line} for line in _lines(_answers(scores))]
+        if answered:
+            self._replace(ANSWERS_FILE, self._setting(routed.split, routed.flops_target), answered)
         return made
 
     def fitted(self, target: float) -> Fit:
@@ -202,8 +208,9 @@ class Evaluator:
         known = self.dial.calibration
         before, fit = len(known.searched), self.dial.find(target)
         if len(known.searched) > before:
-            path = self.folder / (BEST if self.checkpoint == "best" else LAST)
-            write_budget(self.folder, fingerprint(path), known, self.flops_max)
+            prints = {name: fingerprint(self.folder / name) for name in (BEST, LAST) if (self.folder / name).exists()}
+            own = prints[BEST if self.checkpoint == "best" else LAST]
+            write_budget(self.folder, own, known, self.flops_max, prints.values())
         return fit
 
     def _split(self, split: str) -> tuple[Any, Any]:
@@ -253,25 +260,38 @@ class Evaluator:
 
     def _write_routes(self, scores: Scores, part: Any, split: str, target: float | None) -> None:
         """One line an image: what it is, what was predicted, what it cost, which parts ran (units between slashes)."""
-        path = self.folder / ROUTES_FILE
-        asked, most = ("" if share is None else f"{share:.12g}" for share in (target, self.flops_max))
-        old = read_rows(path) if path.exists() else []
-        setting = {"split": split, "flops_target": asked, "flops_max": most, "checkpoint": self.checkpoint}
-        kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
+        setting = self._setting(split, target)
         parts = [spec.parts for spec in self.net.backbone.specs]
         routes = [route_text(keep_UG, parts) for keep_UG in scores.keep_NUG.tolist()]
-        columns: dict[str, list[Any]] = {
-            "index": scores.index_N.tolist(),
-            "label": scores.label_N.tolist(),
-            "predicted": scores.predicted_N.tolist(),
-            "loss": scores.loss_N.tolist(),
-            "macs": scores.macs_N.tolist(),
-            "route": routes,
-        }
+        columns = _answers(scores) | {"loss": scores.loss_N.tolist(), "macs": scores.macs_N.tolist(), "route": routes}
         for name in ("superclasses", "difficulty"):
             if getattr(part, name) is not None:
                 columns[name.removesuffix("es")] = getattr(part, name)[scores.index_N].tolist()
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        write_rows(path, [*kept, *(setting | row for row in rows)])
+        self._replace(ROUTES_FILE, setting, _lines(columns))
         write_names(self.folder, self.data.spec, self.net.backbone.specs)
         write_images(self.folder, setting, scores, part, self.data.spec)
+
+    def _setting(self, split: str, target: float | None) -> dict[str, str]:
+        """The columns that tell the settings of a table of images apart."""
+        asked, most = ("" if share is None else f"{share:.12g}" for share in (target, self.flops_max))
+        return {"split": split, "flops_target": asked, "flops_max": most, "checkpoint": self.checkpoint}
+
+    def _replace(self, file: str, setting: dict[str, str], rows: list[dict[str, Any]]) -> None:
+        """Put rows of a setting into a table of images, in the place of those that it had."""
+        path = self.folder / file
+        old = read_rows(path) if path.exists() else []
+        kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
+        write_rows(path, [*kept, *(setting | row for row in rows)])
+
+
+def _answers(scores: Scores) -> dict[str, list[Any]]:
+    """By column: which image, what it is, what it was taken for."""
+    return {
+        "index": scores.index_N.tolist(),
+        "label": scores.label_N.tolist(),
+        "predicted": scores.predicted_N.tolist(),
+    }
+
+
+def _lines(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -38,12 +38,12 @@ def write_images(
 ) -> None:
     """Store the cheapest and the dearest test images of some classes as PNG files, listed in images.csv; uint8 as read.
 
-    setting: split, flops_target and checkpoint, as in routes.csv; other settings' rows stay, and files that no row
+    setting: split, flops_target, flops_max and checkpoint, as in routes.csv; other settings' rows stay, and files that no row
     names go. Nothing is added where all images cost the same.
     """
     path = folder / IMAGES_FILE
     old = read_rows(path) if path.exists() else []
-    kept: list[dict[str, Any]] = [r for r in old if any(r.get(k) != v for k, v in setting.items())]
+    kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
     chosen = ends(scores.label_N, scores.macs_N)
     places = [place for _, _, _, place in chosen]
     files = {place: f"{setting['split']}_{int(scores.index_N[place]):06d}.png" for place in places}

@@ -107,7 +107,7 @@ class Dial:
         """The setting for a target and the share to expect; out of reach, that of the nearest end."""
         known = self.calibration
         if target in known.searched:
-            return known.fit(target)
+            return known.searched[target]
         self.span()
         self._try(0.0)
         for _ in range(tries):
@@ -118,8 +118,8 @@ class Dial:
             if middle in known.points:
                 break  # no price in between: a jump
             self._try(middle)
-        known.searched.add(target)
-        return known.fit(target)
+        known.searched[target] = known.fit(target)
+        return known.searched[target]
 
     def span(self) -> tuple[float, float]:
         """Lowest and highest share, the dial's end stops included."""

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from dynroute.contracts import InputError
 
-EVAL_FILE, TRAIN_FILE, ROUTES_FILE = "eval.csv", "train.csv", "routes.csv"
+EVAL_FILE, TRAIN_FILE, ROUTES_FILE, ANSWERS_FILE = "eval.csv", "train.csv", "routes.csv", "control_answers.csv"
 BENCH_FILE, BUDGET_FILE, FORMS_FILE = "bench.csv", "budget.json", "forms.json"
 CLASSES_FILE, UNITS_FILE, IMAGES_FILE, IMAGES_FOLDER = "classes.csv", "units.csv", "images.csv", "images"
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynroute.contracts import InputError
+from dynroute.records import ANSWERS_FILE
+from dynroute.report.images import setting_of
 from dynroute.report.paired import Answers, Difference, answers, over_seeds, paired, unpaired
 from dynroute.report.read import LeftOut, Row, reason_of
 
@@ -80,8 +82,8 @@ def build(rows: Sequence[Row], left_out: list[LeftOut]) -> pd.DataFrame:
 
     basis: FLOPs, or milliseconds by a clock. cost: the row's own, as a share or in ms; relation: the control's cost beside
     it. difference: top-1 of the row less the control's, in points; low, high: 95 %; interval: paired (over the same test
-    images) or independent. beaten: the interval, or where there is none the difference, lies above zero. A routes.csv that
-    cannot be read is added to left_out.
+    images) or independent. beaten: the interval, or where there is none the difference, lies above zero. A table of
+    images that cannot be read is added to left_out.
     """
     import pandas as pd
 
@@ -97,19 +99,21 @@ def build(rows: Sequence[Row], left_out: list[LeftOut]) -> pd.DataFrame:
 
 
 class Files:
-    """The answers in routes.csv files, each read once; what cannot be read is added to left_out."""
+    """The answers in the runs' tables of images, each read once; what cannot be read is added to left_out."""
 
     def __init__(self, left_out: list[LeftOut]) -> None:
-        self.left_out, self.known = left_out, dict[str, dict[float | None, Answers]]()
+        self.left_out, self.known = left_out, dict[str, dict[tuple[str, ...], Answers]]()
 
     def of(self, row: Row) -> Answers | None:
-        """The answers of a row, as a mean over its seeds; None where they are not known, as those of a control never are."""
+        """The answers of a row, as a mean over its seeds; None where they are not known."""
+        setting, files = setting_of(row), row["routes_files"]
         if row["control"]:
-            return None
-        target = row["flops_target"]
-        return over_seeds([self._read(name).get(None if target != target else target) for name in row["routes_files"]])
+            setting = (*setting, row["control"])
+            beside = [Path(name).with_name(ANSWERS_FILE) if name else None for name in files]
+            files = [str(file) if file and file.exists() else "" for file in beside]
+        return over_seeds([self._read(name).get(setting) for name in files])
 
-    def _read(self, name: str) -> dict[float | None, Answers]:
+    def _read(self, name: str) -> dict[tuple[str, ...], Answers]:
         if name not in self.known:
             try:
                 self.known[name] = answers(Path(name)) if name else {}
@@ -134,6 +138,10 @@ def _of_row(row: Row, members: Sequence[Row], files: Files) -> Iterator[Row]:
             yield from _against(row, kind, str(clock), taken.ms, points, 0.0, files)
     for other in members:
         if other["control"] and all(_same(row[name], other[name]) for name in SAME):
+            if other["seeds"] != row["seeds"]:
+                reason = f"its {other['control']} control is of seeds {other['seeds']}, the row of {row['seeds']}"
+                files.left_out.append(LeftOut(Path(row["label"]), f"{reason}: not compared"))
+                continue
             less = row["macs_share"] - other["macs_share"]
             relation = EQUAL if abs(less) <= TOLERANCE + 1e-9 else CHEAPER if less > 0 else DEARER
             alone = [(1.0, Point(other["macs_share"], other["top1"], other))]

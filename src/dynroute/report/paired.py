@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynroute.contracts import InputError
-from dynroute.records import read_text
+from dynroute.report.images import SETTING, read_images
 
 if TYPE_CHECKING:
     import numpy as np
 
 Z95 = 1.959964  # of the normal distribution, two-sided
-COLUMNS = {
-    **dict.fromkeys(("split", "flops_target", "checkpoint"), "str"),
-    **dict.fromkeys(("index", "label", "predicted"), "int64"),
-}
-LIMIT = "flops_max"  # filled in where no image may exceed a share: such images stand for rows of their own
 
 
 class Answers(NamedTuple):
@@ -74,29 +67,14 @@ def over_seeds(seeds: Sequence[Answers | None]) -> Answers | None:
     return Answers(known[0].images, np.mean([each.right_N for each in known], axis=0))
 
 
-def answers(file: Path) -> dict[float | None, Answers]:
-    """The test images of a routes.csv for each target in it (None: the trained point), last checkpoint.
+def answers(file: Path) -> dict[tuple[str, ...], Answers]:
+    """The images of a table of images by setting (see `images.SETTING`), and where it has controls by these too.
 
     Raises InputError on a missing, torn or foreign file.
     """
-    import pandas as pd
-
-    text = read_text(file)
-    head = text.split("\n", 1)[0].split(",")
-    missing = [name for name in COLUMNS if name not in head]
-    if missing:
-        raise InputError(f"{file} lacks the columns {', '.join(missing)}: written by another version or program")
-    if text.count(",") != text.count("\n") * (len(head) - 1):  # no cell of ours is quoted
-        raise InputError(f"{file} is not a routes.csv: it has lines that do not fit its header")
-    try:
-        kinds = {name: kind for name, kind in {**COLUMNS, LIMIT: "str"}.items() if name in head}
-        frame = pd.read_csv(io.StringIO(text), usecols=list(kinds), keep_default_na=False, dtype=kinds)
-        mine = frame[(frame["split"] == "test") & (frame["checkpoint"] == "last")]
-        if LIMIT in mine:
-            mine = mine[mine[LIMIT] == ""]
-        return {float(str(t)) if t else None: _answers(part) for t, part in mine.groupby("flops_target")}
-    except ValueError as error:  # pandas' ParserError is one
-        raise InputError(f"{file} is not a routes.csv: {error}") from None
+    table = read_images(file, dict.fromkeys(("index", "label", "predicted"), "int64"), {"control": "str"})
+    keys = [*SETTING, *(("control",) if "control" in table else ())]
+    return {tuple(map(str, key)): _answers(part) for key, part in table.groupby(keys)}
 
 
 def _answers(part: Any) -> Answers:

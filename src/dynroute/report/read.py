@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynroute.contracts import InputError
-from dynroute.records import BENCH_FILE, EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
+from dynroute.records import ANSWERS_FILE, BENCH_FILE, EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
 from dynroute.report.timing import of_row, read_times
 
 Row = dict[str, Any]
@@ -21,7 +21,7 @@ REPORT_FILE = "routes_report.csv"
 OWN_FILES = frozenset(
     {TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE, REPORT_FILE}
 )  # --out may be a results folder
-RUN_FILES = frozenset({TRAIN_FILE, ROUTES_FILE, BENCH_FILE})
+RUN_FILES = frozenset({TRAIN_FILE, ROUTES_FILE, ANSWERS_FILE, BENCH_FILE})
 NEEDED = ("top1", "macs_share")
 BESIDE = ("parts", "variant", "trained_for", "routes_file", "folder", "timed", "times")  # from files beside the rows
 

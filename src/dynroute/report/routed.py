@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dynroute.contracts import InputError
 from dynroute.records import CLASSES_FILE, UNITS_FILE, read_rows
+from dynroute.report.images import SETTING, read_images, setting_of
 from dynroute.report.read import LeftOut, Row, identity, reason_of
 from dynroute.report.tables import PLACE, STATIC, labels
 
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_RUNS = 24  # of which routes.csv is read: a tenth of a second each
-SETTING = ("split", "flops_target", "checkpoint")
-NEEDED = ("index", "label", "predicted", "loss", "macs", "route")
+NEEDED = {
+    **dict.fromkeys(("index", "label", "predicted"), "int64"),
+    "loss": "float64",
+    "macs": "float64",
+    "route": "str",
+}
+KNOWN = {"superclass": "int64", "difficulty": "float64"}  # columns that some data have
 
 
 @dataclass(frozen=True)
@@ -117,13 +122,12 @@ def load(rows: Sequence[Row], left_out: list[LeftOut]) -> list[Routed]:
 def _of_file(
     file: Path, named: list[tuple[str, Row]], rows: Sequence[Row], left_out: list[LeftOut]
 ) -> Iterator[Routed]:
-    images = read_routes(file)
+    images = read_images(file, NEEDED, KNOWN)
     at_setting = images.groupby(list(SETTING), sort=False).indices
     units = _units(file.with_name(UNITS_FILE))
     classes, superclasses = _classes(file.with_name(CLASSES_FILE))
     for label, row in named:
-        target = row["flops_target"]
-        wanted = ("test", "" if target is None else f"{target:.12g}", row["checkpoint"])
+        target, wanted = row["flops_target"], setting_of(row)
         if wanted not in at_setting:
             told = "the trained point" if target is None else f"target {target:g}"
             left_out.append(LeftOut(file, f"no routes at {told} (no route report)"))
@@ -135,30 +139,6 @@ def _of_file(
         part = part.assign(code=codes, share=part["macs"] / row["macs_dense"])
         static = _most_common_top1(row, rows)
         yield Routed(label, row, part, keep_RUG, parts, tuple(names), classes, superclasses, static)
-
-
-def read_routes(file: Path) -> pd.DataFrame:
-    """A routes.csv with numbers as numbers. Raises InputError on a missing, torn or foreign file."""
-    import pandas as pd
-
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    if not text.endswith("\n"):
-        raise InputError(f"{file} ends in the middle of a line: half-written or not a CSV of dynroute")
-    try:
-        words = dict.fromkeys((*SETTING, "route"), "str")
-        images = pd.read_csv(io.StringIO(text), dtype=words, keep_default_na=False, na_values={"difficulty": [""]})
-        missing = [name for name in (*SETTING, *NEEDED) if name not in images]
-        if missing:
-            raise InputError(f"{file} lacks the columns {', '.join(missing)}: written by another version or program")
-        numbers = {"index": "int64", "label": "int64", "predicted": "int64", "loss": "float64", "macs": "float64"}
-        return images.astype(numbers)
-    except (ValueError, pd.errors.ParserError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} is not a table of routes: {error}") from None
 
 
 def _bits(file: Path, routes: list[str], parts: list[int]) -> tuple[npt.NDArray[np.uint8], tuple[int, ...]]:
@@ -199,6 +179,6 @@ def _classes(file: Path) -> tuple[dict[int, str], dict[int, str]]:
 
 def _most_common_top1(row: Row, rows: Sequence[Row]) -> float | None:
     """Accuracy of the control that gives all images the most common route, where it has been measured."""
-    same = ("routes_file", "flops_target", "checkpoint", "seed")
+    same = ("routes_file", "flops_target", "flops_max", "checkpoint", "seed")
     found = (r for r in rows if r["control"] == "most_common" and all(r[k] == row[k] for k in same))
     return next((float(r["top1"]) for r in found), None)

@@ -100,7 +100,7 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "n_seeds": len(part),
         "n": part["n"].min(),
         "params": part["params"].max(),
-        **{name: first[name] for name in ("parts", "variant", "trained_for")},
+        **{name: first[name] for name in ("parts", "variant", "trained_for", "flops_max", "checkpoint")},
         "routes_files": list(part["routes_file"]),
         "reached": bool(abs(share - target) <= TOLERANCE + 1e-9) if asked else None,
         **_times(part),

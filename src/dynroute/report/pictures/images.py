@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynroute.contracts import InputError
 from dynroute.records import IMAGES_FILE, IMAGES_FOLDER, read_rows
+from dynroute.report.images import LATER, SETTING, setting_of
 from dynroute.report.pictures.style import Picture, finish, headings, panels, shortened
 from dynroute.report.read import LeftOut, reason_of
 from dynroute.report.routed import Routed
@@ -37,14 +38,9 @@ def listed(routed: Routed, left_out: list[LeftOut]) -> pd.DataFrame:
     empty = pd.DataFrame(columns=[*NEEDED, "share"])
     if not file.exists():
         return empty
-    target = routed.row["flops_target"]
-    wanted = {
-        "split": "test",
-        "flops_target": "" if target is None else f"{target:.12g}",
-        "checkpoint": routed.row["checkpoint"],
-    }
+    wanted = dict(zip(SETTING, setting_of(routed.row), strict=True))
     try:
-        rows = [row for row in read_rows(file) if all(row[k] == v for k, v in wanted.items())]
+        rows = [row for row in read_rows(file) if all((row.get(k, "") if k in LATER else row[k]) == v for k, v in wanted.items())]
         table = pd.DataFrame(rows, columns=list(NEEDED)).astype({"label": int, "rank": int, "index": int})
     except (InputError, KeyError, ValueError) as error:
         reason = reason_of(error, file) if isinstance(error, InputError) else "is not a list of images"
