@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from dynroute import plugins
-from dynroute.assembly import restore
+from dynroute.assembly import prepare, restore
 from dynroute.contracts import InputError
 from dynroute.data import Dataset, limited, load, loader
 from dynroute.fit import LAST
 from dynroute.measure import evaluate
 from dynroute.net import RoutedNet
+from dynroute.provenance import commit, machine
 from dynroute.records import write_rows
 from dynroute.routers import stacked
 from dynroute.routers.qlearn import random_widths
-from dynroute.runs import commit, machine, prepare
 from dynroute.units import STATISTICS, WidthNorm
 
 VARIANTS = {  # name: (is the widest's BatchNorm used at every width, are statistics measured anew)

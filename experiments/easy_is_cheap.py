@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pandas as pd
 
-COLUMNS = {"index": int, "label": int, "predicted": int, "loss": float, "macs": float}
+from dynroute.report.images import read_images
+
+COLUMNS = {**dict.fromkeys(("index", "label", "predicted"), "int64"), "loss": "float64", "macs": "float64"}
 
 
 def routes(folder: Path) -> pd.DataFrame:
-    """Test rows of a run's routes.csv, its own routes only."""
-    read = pd.read_csv(folder / "routes.csv", dtype={"route": str})
-    own = read[(read["split"] == "test") & (read["control"].isna() if "control" in read else True)]
-    return own.astype(COLUMNS)
+    """Test images of a run's routes.csv, of its last checkpoint and without a limit."""
+    read = read_images(folder / "routes.csv", COLUMNS, {"difficulty": "float64"})
+    own = read[(read["split"] == "test") & (read["flops_max"] == "") & (read["checkpoint"] == "last")]
+    return own.assign(flops_target=pd.to_numeric(own["flops_target"]))
 
 
 def rows(run: Path, dense: Path) -> list[dict[str, object]]:

@@ -28,15 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.assembly import restore
+from dynroute.assembly import prepare, restore
 from dynroute.backbones import Backbone
 from dynroute.contracts import Batch, InputError, Output, Trace, UnitSpec
 from dynroute.data import DataOptions, DataSpec, Split, load, loader
 from dynroute.fit import LAST
 from dynroute.net import RoutedNet, masked
+from dynroute.provenance import commit, machine
 from dynroute.records import write_rows
 from dynroute.routers.qlearn import QRouter, RnpOptions, action_keeps, rewards, td_loss
-from dynroute.runs import commit, machine, prepare
 
 Route = tuple[int, ...]
 ROUTES = 1024  # more would not be tabled in memory

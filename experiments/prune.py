@@ -36,13 +36,13 @@ from dynroute.config import CONFIG_FILE
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
 from dynroute.data import Dataset, loader
+from dynroute.evaluation import Evaluator
 from dynroute.fit import fit
 from dynroute.measure import make_dial
 from dynroute.net import RoutedNet
 from dynroute.records import EVAL_FILE, EvalRow, write_text
 from dynroute.routers import Phase, cross_entropy, ranged
 from dynroute.routers.static import StaticOptions, StaticRouter
-from dynroute.runs import Evaluator
 from dynroute.testing import count_macs
 from dynroute.units import Residual, Subsample, Unit
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 import dynroute
 
 SOURCE = Path(dynroute.__file__).parent
+ROOT = Path(__file__).parent.parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOMS = [
     "contracts",
@@ -136,6 +139,22 @@ def test_the_command_line_and_reports_load_no_torch() -> None:
 )
 def test_this_test_can_fail(own: str, source: str, bad: list[str]) -> None:
     assert violations(own, set(imports(ast.parse(source).body))) == bad
+
+
+SCRIPTS = sorted(path for room in ("experiments", "benchmarks") for path in (ROOT / room).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_find_what_they_import(path: Path) -> None:
+    """Read, not run: some need packages that are not here."""
+    froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    wanted = [(node.module, alias.name) for node in froms for alias in node.names if "dynroute" in (node.module or "")]
+    assert wanted
+    assert [f"{module}.{name}" for module, name in wanted if not there(module or "", name)] == []
+
+
+def there(module: str, name: str) -> bool:
+    return hasattr(importlib.import_module(module), name) or importlib.util.find_spec(f"{module}.{name}") is not None
 
 
 # --- docstrings -------------------------------------------------------------------------------------------------

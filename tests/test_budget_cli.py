@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from conftest import TINY
 from dynroute.bench import Benched, Point
 from dynroute.cli import main
 from dynroute.evaluation import Evaluator
@@ -31,6 +33,29 @@ def evaluated(capsys: Capture, *words: str, status: tuple[int, ...] = (0, 3)) ->
     assert main(["eval", *words, "--json"]) in status
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
+
+
+def test_a_run_is_evaluated_where_its_data_lie_now(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for split, count in (("train", 40), ("test", 12)):
+        arrays[f"{split}_images"] = rng.integers(0, 255, (count, 16, 16, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 4
+    np.savez(tmp_path / "mine.npz", **arrays)
+    words = [*TINY, "data.name=npz", f"data.path={tmp_path / 'mine.npz'}", "router.epochs=1"]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    (tmp_path / "there").mkdir()
+    (tmp_path / "mine.npz").rename(tmp_path / "there" / "mine.npz")
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    moved = ["--data", str(tmp_path / "there" / "mine.npz"), "--device", "cpu"]
+    (row,) = evaluated(capsys, str(tmp_path / "run"), *moved)["rows"]
+    assert (row["dataset"], row["n"]) == ("npz-mine", 12)
+    arrays["train_labels"] = arrays["train_labels"] // 2
+    arrays["test_labels"] = arrays["test_labels"] // 2
+    np.savez(tmp_path / "mine.npz", **arrays)
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "other classes" in capsys.readouterr().err
+    assert main(["eval", str(runs["dmnn"]), "--device", "tpu"]) == 2
 
 
 def test_a_row_says_what_to_expect_of_new_images(run: Path, capsys: Capture) -> None:
@@ -120,20 +145,19 @@ def test_milliseconds_become_a_target_by_the_table_of_this_machine(
     assert row["flops_target"] == pytest.approx(0.4) and len(tried) == 3 + 4
     assert main(["eval", str(run), "--latency-target", "3"]) in (0, 3)
     assert "3 ms an image were asked for; nearest came share 0.400, which took 4 ms" in capsys.readouterr().err
-    slower = 1.0
-    write_rows(run / "bench.csv", [*timed, {**timed[0], "mode": "dense_best", "images_per_s": 200}])
+    # rows of two hours, the second half as fast, each beside the dense net of its own: 5 ms, then 10
+    compared = [{**timed[0], "speedup": 2.5}, {**timed[1], "speedup": 1.25, "images_per_s": 125}]
+    write_rows(run / "bench.csv", compared)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "dynroute.latency.dense_speed", lambda *_: 100.0
-        )  # half as fast as then, so all takes twice as long
+        patch.setattr("dynroute.latency.dense_speed", lambda *_: 100.0)  # now as slow as in the second
         slower = 2.0
         (row,) = evaluated(capsys, str(run), "--latency-target", "6")["rows"]
         assert row["flops_target"] == pytest.approx(0.6)
     for broken in ("fast", "nan", 0, "-3"):
-        for place in ({}, {"mode": "dense_best"}):
-            write_rows(run / "bench.csv", [*timed, {**timed[0], **place, "images_per_s": broken}])
+        for column, table in (("images_per_s", timed), ("speedup", compared)):
+            write_rows(run / "bench.csv", [*table, {**table[0], column: broken}])
             assert main(["eval", str(run), "--latency-target", "3"]) == 2
-            assert f"images_per_s must be a number above 0, not '{broken}'" in capsys.readouterr().err
+            assert f"{column} must be a number above 0, not '{broken}'" in capsys.readouterr().err
     write_rows(run / "bench.csv", timed)
     assert main(["eval", str(run), "--latency-target", "1"]) == 3
     assert "out of reach" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_interrupted_is_status_130_and_one_line_and_resume_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(cli.Progress, "hear", ctrl_c)
         _, err = said(capfd, *words, tmp_path / "run", status=130)
-    assert err == f"dynroute: {cli.STOPPED}\n"
+    assert err == f"dynroute: {cli.STOPPED}{cli.RESUME}\n"
     assert len(read_rows(tmp_path / "run" / "train.csv")) == 1
     said(capfd, *words, tmp_path / "run", "--resume")
     assert len(read_rows(tmp_path / "run" / "train.csv")) == 2

@@ -10,7 +10,7 @@ import yaml
 
 from dynroute import plugins
 from dynroute.backbones import BackboneOptions
-from dynroute.config import TopOptions, describe_fields, field_sentences, from_text, load_config
+from dynroute.config import LATER, TopOptions, describe_fields, field_sentences, from_text, load_config
 from dynroute.contracts import InputError
 from dynroute.data import DataOptions
 from dynroute.fit import OptimOptions
@@ -56,6 +56,36 @@ def test_the_hash_ignores_what_is_not_the_experiment(key: str) -> None:
 )
 def test_the_hash_tells_experiments_apart(key: str) -> None:
     assert load_config(overrides=[key]).hash() != load_config().hash()
+
+
+def test_a_users_own_files_are_experiments_of_their_own() -> None:
+    one, other, moved = (
+        load_config(overrides=["data.name=npz", f"data.path={p}"]) for p in ("a/x.npz", "y.npz", "b/x.npz")
+    )
+    assert one.hash() == moved.hash() != other.hash()
+    assert (one.data.label, one.name) == ("npz-x", "dmnn-resnet8-npz-x-s0")
+    assert (
+        load_config(overrides=["data.name=folder", "data.path=my data/flowers (2)"]).data.label == "folder-flowers--2-"
+    )
+
+
+def test_later_options_leave_hashes_as_they_were() -> None:
+    config = load_config()
+    for section, unused in LATER.items():
+        for key, value in unused.items():
+            assert vars(getattr(config, section))[key] == value, "what is left out must be the default"
+    changed = load_config(overrides=["router.open_epochs=1"]), load_config(overrides=["data.flip=false"])
+    assert len({each.hash() for each in (config, *changed)}) == 3
+
+
+def test_a_fault_is_laid_to_where_it_was_typed(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("router: {name: rnp}\n")
+    with pytest.raises(InputError, match=r"^the command line: unknown key 'router\.foo'"):
+        load_config(file, ["router.foo=1"])
+    file.write_text("router: {name: rnp, foo: 1}\n")
+    with pytest.raises(InputError, match=r"mine\.yaml: unknown key 'router\.foo'"):
+        load_config(file, ["router.lr=1"])
 
 
 def test_the_hash_takes_weights_by_file_name() -> None:

@@ -515,6 +515,9 @@ def test_large_folders_stay_on_disk_and_give_the_same_evaluation(
     big = load_folder(tmp_path)
     assert isinstance(big.train, FileSplit)
     assert isinstance(big.test, FileSplit)
+    groups = replace(big.test, superclasses=big.test.labels * 2).take(torch.tensor([3, 1]))
+    assert isinstance(groups, FileSplit) and groups.superclasses is not None
+    assert torch.equal(groups.superclasses, groups.labels * 2) and groups.difficulty is None
     for a, b in zip(
         loader(small.test, small.spec, 3, train=False),
         loader(big.test, big.spec, 3, train=False),

@@ -98,7 +98,17 @@ def test_another_seed_gives_other_weights(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "epochs"),
     # rnp's phases end after epochs 1, 3, 4, 6, 7; rnr's after 1, 2, 4. The epoch at whose end Ctrl-C comes is not saved.
-    [("dmnn", [1]), ("dmnn", [3]), ("rnp", [2]), ("rnp", [3]), ("rnp", [4, 6]), ("rnr", [2]), ("rnr", [3, 4])],
+    [
+        ("dmnn", [1]),
+        ("dmnn", [3]),
+        ("opened", [2]),
+        ("opened", [3]),
+        ("rnp", [2]),
+        ("rnp", [3]),
+        ("rnp", [4, 6]),
+        ("rnr", [2]),
+        ("rnr", [3, 4]),
+    ],
 )
 def test_stopped_and_resumed_is_as_if_never_stopped(
     method: str, epochs: list[int], whole: Path, tmp_path: Path
@@ -112,6 +122,39 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
     runs.train(config, folder, resume=True, listener=heard.append)
     assert heard[0].epoch == epochs[-1], "finished epochs are not trained again"
     assert_same_run(whole / method, folder)
+
+
+def test_killed_between_best_and_last_leaves_no_epoch_out(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = config_of("dmnn"), tmp_path / "run"
+    write, written = fit_room.write_file, []
+
+    def killed(path: Path, fill: Any) -> None:
+        written.append(path.name)
+        if written.count("last.pt") == 3:  # at the start, after the first epoch, and now
+            raise KeyboardInterrupt
+        write(path, fill)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_room, "write_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(config, folder)
+    runs.train(config, folder, resume=True)
+    assert_same_run(whole / "dmnn", folder)
+    best = [
+        load_checkpoint(place / "dmnn" / "best.pt" if place == whole else place / "best.pt")
+        for place in (whole, folder)
+    ]
+    assert len(best[0]["rows"]) == len(best[1]["rows"])
+
+
+def test_a_folder_that_was_only_begun_is_begun_again(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "log.txt"):
+        (tmp_path / "run" / name).write_text("")
+    runs.train(config_of("dmnn"), tmp_path / "run", resume=True)
+    assert_same_run(whole / "dmnn", tmp_path / "run")
 
 
 def test_stopped_in_the_middle_of_an_epoch(tmp_path: Path) -> None:

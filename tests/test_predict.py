@@ -124,7 +124,7 @@ def test_no_image_costs_more_than_the_limit(run: Path, files: list[Path], capsys
     assert max(float(p["share"]) for p in free) > 0.4 >= max(float(p["share"]) for p in capped)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "checkpoint": "MARK", "dials": [[1]]}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 3, "dials": [{"checkpoint": "MARK"}]}'])
 def test_a_broken_table_is_said(content: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "budget.json").write_text(content.replace("MARK", fingerprint(run / "last.pt")))
     capsys.readouterr()

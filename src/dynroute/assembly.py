@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dynroute.contracts import InputError
 from dynroute.data import Dataset, DataSpec, known_spec, load
 from dynroute.fit import LAST, Teacher, load_checkpoint, load_tensors, load_weights
 from dynroute.net import RoutedNet
+from dynroute.provenance import processors
 from dynroute.routers.static import StaticOptions
 from dynroute.skipping import FastNet
 
@@ -170,7 +170,7 @@ def fingerprint(path: Path) -> str:
 
 def prepare(config: Config) -> torch.device:
     """Set threads and pick the device. Raises InputError for a device that is not there."""
-    torch.set_num_threads(config.top.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.top.threads or len(processors()))
     name = config.top.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,6 +20,10 @@ def listing(kind: str | None = None) -> dict[str, dict[str, str]]:
         out[plural] = {name: _sentence(plugins.find(singular, name)) for name in plugins.names(singular)}
     out["papers"] = report.paper_tables()
     out["experiments"] = {str(path): _first_comment(path) for path in sorted(EXPERIMENTS.rglob("*.yaml"))}
+    if kind == "experiments" and not out[kind]:
+        raise InputError(
+            f"no {EXPERIMENTS}/ here: the configurations of the papers' tables are in dynroute's repository"
+        )
     return {kind: out[kind]} if kind else out
 
 

@@ -17,7 +17,8 @@ from dynroute.contracts import InputError, OutOfReach
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which newer Typers carry inside
 MISSED = 3  # exit status where a FLOPs target was not reached
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
-STOPPED = "stopped; `dynroute train ... --resume` goes on from the last finished epoch"
+STOPPED = "stopped"
+RESUME = "; `dynroute train ... --resume` goes on from the last finished epoch"
 app = typer.Typer(
     name="dynroute",
     help="Train, evaluate and compare image classifiers that choose, per image, which parts of themselves to run.",
@@ -29,6 +30,15 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 
+DataPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="PATH", help="Where the data lie now (data.path) [default: where the run had them]."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="D", help="cpu, cuda, ... [default: the configuration's].")
+]
 FlopsMax = Annotated[
     float | None,
     typer.Option("--flops-max", metavar="X", help="Share of the dense net's multiply-adds that no image may exceed."),
@@ -177,6 +187,8 @@ def evaluate(
         Checkpoint,
         typer.Option("--checkpoint", help="last: end of the schedule; best: by accuracy on calibration."),
     ] = Checkpoint.last,
+    data: DataPath = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run, at its trained point or at FLOPs targets fitted on the calibration split (exit status 3 if missed)."""
@@ -186,7 +198,7 @@ def evaluate(
     from dynroute.records import as_dict
 
     with Status(f"opening {run}") as status:
-        evaluator = Evaluator.of(run, checkpoint.value, flops_max)
+        evaluator = Evaluator.of(run, checkpoint.value, flops_max, device, data)
         targets: list[float | None] = [*(flops_target or [])]
         targets += [] if latency_target is None else [evaluator.share_at(latency_target)]
         if curve:
@@ -363,9 +375,8 @@ def bench_command(
     threads: Annotated[
         list[int] | None, typer.Option("--threads", metavar="N", help="CPU threads; repeatable [default: 1].")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="D", help="cpu, cuda, ... [default: the configuration's].")
-    ] = None,
+    data: DataPath = None,
+    device: Device = None,
     dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16.")] = "fp32",
     clock: Annotated[
         str,
@@ -398,8 +409,9 @@ def bench_command(
     from dynroute.records import as_dict
 
     request = timing.Request(
-        flops_target or [], rate, batch or [1], threads or [1], device, dtype, clock, seconds, compiled, onnx
-    )
+        flops_target or [], rate, batch or [1], threads or [1], device, dtype, clock, seconds, compiled, onnx,
+        data=data,
+    )  # fmt: skip
     with Status(f"opening {source}") as status:
         timed = timing.bench_path(source, request, status.say)
     if as_json:
@@ -476,9 +488,11 @@ def write_curve(rows: list[dict[str, Any]], run: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. Input errors are one line on stderr and status 2."""
+    command = (sys.argv[1:] if arguments is None else arguments)[:1]
+    stopped = STOPPED + RESUME if command == ["train"] else STOPPED
     try:
         status: int = app(arguments, standalone_mode=False) or 0
-        return _fail(STOPPED, status) if status == INTERRUPTED else status
+        return _fail(stopped, status) if status == INTERRUPTED else status
     except USAGE_ERROR as error:
         return _fail(error.format_message(), 2)
     except InputError as error:
@@ -486,7 +500,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OutOfReach as error:
         return _fail(" ".join(str(error).split()), MISSED)
     except (KeyboardInterrupt, typer.Abort):  # newer Typers return the status instead
-        return _fail(STOPPED, INTERRUPTED)
+        return _fail(stopped, INTERRUPTED)
     except OSError as error:  # a folder that is a file, no permission, a full disk
         return _fail(f"cannot use {error.filename or 'a file'}: {error.strerror or error}", 2)
     except RuntimeError as error:

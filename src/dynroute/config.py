@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,6 +26,14 @@ from dynroute.fit import OptimOptions
 from dynroute.routers import Method, ranged
 
 CONFIG_FILE = "config.yaml"
+
+
+# Options that came after rows had been published, with the values that leave things as they were: these are no part of a
+# configuration's hash, so that such rows keep theirs. An option added from now on belongs here.
+LATER: dict[str, dict[str, Any]] = {
+    "data": {"superclasses": "auto", "flip": True},
+    "router": {"open_epochs": 0, "cooling": 0.0},
+}
 
 
 @dataclass
@@ -66,7 +75,7 @@ class Config:
     @property
     def name(self) -> str:
         """The run's name, given or made."""
-        made = f"{self.router_name}-{self.backbone.name}-{self.data.name}-s{self.top.seed}"
+        made = f"{self.router_name}-{self.backbone.name}-{self.data.label}-s{self.top.seed}"
         return self.top.name or made
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,10 +98,13 @@ class Config:
         values = self.as_dict()
         for key in dataclasses.asdict(self.top):
             del values[key]
+        values["data"] |= {"name": self.data.label}
         values["data"].pop("path")
         values["data"].pop("workers")
-        if values["data"]["superclasses"] == "auto":
-            values["data"].pop("superclasses")  # so that the rows of before it was an option keep their hash
+        for section, unused in LATER.items():
+            for key, value in unused.items():
+                if values[section].get(key) == value:
+                    del values[section][key]
         body = values["backbone"]
         for section, key in ((body, "weights"), (values["optim"], "teacher")):
             if section[key]:
@@ -115,7 +127,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     values = _read_yaml(path) if path else {}
     for text in overrides or []:
         _override(values, text)
-    return from_values(values, source)
+    return from_values(values, source, {text.partition("=")[0] for text in overrides or []})
 
 
 def from_text(text: str, source: str) -> Config:
@@ -123,8 +135,8 @@ def from_text(text: str, source: str) -> Config:
     return from_values(_parse_yaml(text, source), source)
 
 
-def from_values(values: dict[str, Any], source: str) -> Config:
-    """A configuration from nested plain values. Raises InputError naming the source."""
+def from_values(values: dict[str, Any], source: str, overridden: Collection[str] = ()) -> Config:
+    """A configuration from nested plain values. Raises InputError naming the source: for keys overridden, the command line."""
     top = {k: values.pop(k) for k in list(values) if not isinstance(values[k], dict)}
     sections: dict[str, type] = {
         "data": DataOptions,
@@ -136,18 +148,18 @@ def from_values(values: dict[str, Any], source: str) -> Config:
     for key in [*values, *top]:
         if key not in keys or (key in sections) != (key in values):
             raise (
-                _bad_key(key, keys, source)
+                _bad_key(key, keys, source, overridden)
                 if key not in keys
                 else InputError(f"{source}: {key} has the wrong kind of value")
             )
     router = dict(values.get("router", {}))
     name = router.pop("name", "dmnn")
     options = plugins.find("router", str(name)).options
-    made = {s: _build(s, cls, values.get(s, {}), source) for s, cls in sections.items() if s != "router"}
-    built = _build("router", options, router, source)
-    config = Config(
-        _build("", TopOptions, top, source), made["data"], made["backbone"], str(name), built, made["optim"]
-    )
+    plain = [(s, cls, values.get(s, {})) for s, cls in sections.items() if s != "router"]
+    made = {s: _build(s, cls, given, source, overridden) for s, cls, given in plain}
+    built = _build("router", options, router, source, overridden)
+    own = _build("", TopOptions, top, source, overridden)
+    config = Config(own, made["data"], made["backbone"], str(name), built, made["optim"])
     _check(config)
     config.backbone = config.backbone.resolved(config.method.unit)
     return config
@@ -207,13 +219,13 @@ def _override(values: dict[str, Any], text: str) -> None:
             values[str(top)] = value
 
 
-def _build(section: str, cls: type, values: dict[str, Any], source: str) -> Any:
+def _build(section: str, cls: type, values: dict[str, Any], source: str, overridden: Collection[str]) -> Any:
     """One section as its dataclass, types checked."""
     prefix = f"{section}." if section else ""
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise _bad_key(f"{prefix}{key}", [f"{prefix}{k}" for k in known], source)
+            raise _bad_key(f"{prefix}{key}", [f"{prefix}{k}" for k in known], source, overridden)
     hints = get_type_hints(cls)
     for key, value in values.items():
         try:
@@ -234,9 +246,9 @@ def _spoken(full: str, name: str) -> str:
     return words.get(name, "text" if "str" in full else name)
 
 
-def _bad_key(key: str, known: list[str], source: str) -> InputError:
-    error = unknown("key", key, known)
-    return InputError(f"{source}: {error}")
+def _bad_key(key: str, known: list[str], source: str, overridden: Collection[str]) -> InputError:
+    typed = any(key == text or text.startswith(f"{key}.") for text in overridden)
+    return InputError(f"{'the command line' if typed else source}: {unknown('key', key, known)}")
 
 
 def field_sentences(cls: type) -> dict[str, str]:

@@ -205,7 +205,7 @@ def _says(run: Path, opened: Trained, target: float | None, flops_max: float | N
         "config_hash": config.hash(),
         "method": config.router_name,
         "backbone": config.backbone.name,
-        "dataset": config.data.name,
+        "dataset": config.data.label,
         "form": form,
         "macs_dense": f"{opened.net.cost.dense:.0f}",
         **{name: "" if share is None else f"{share:.6g}" for name, share in shares.items()},

@@ -83,22 +83,29 @@ class Evaluator:
 
     @classmethod
     def of(
-        cls, folder: Path, checkpoint: str = "last", flops_max: float | None = None, device: str | None = None
+        cls,
+        folder: Path,
+        checkpoint: str = "last",
+        flops_max: float | None = None,
+        device: str | None = None,
+        data_path: Path | None = None,
     ) -> Evaluator:
         """Open a run folder. checkpoint: last (the end of the schedule) or best (by accuracy on the calibration split).
 
-        device: instead of the configuration's. Raises OutOfReach where flops_max lies below the cheapest route.
+        device, data_path: instead of the configuration's. Raises OutOfReach where flops_max lies below the cheapest route.
         """
         if not folder.is_dir():
             raise InputError(f"{folder} is not a run folder{nearest(folder)}")
         path = folder / (BEST if checkpoint == "best" else LAST)
         net, config, content = restore(path)
         place = prepare(on_device(config, device))
+        if data_path:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data_path)))
         data = dataset(config)
         stored = content["meta"]["data"]
-        if (data.spec.classes, data.spec.image_size) != (stored["classes"], stored["image_size"]):
+        if (data.spec.image_size, *data.spec.class_names) != (stored["image_size"], *stored["class_names"]):
             raise InputError(
-                f"{config.data.name} has other classes or another image size now than {folder} was trained on"
+                f"{config.data.label} has other classes or another image size now than {folder} was trained on"
             )
         net = net.to(place).eval()
         net.set_limit(flops_max)
@@ -226,7 +233,7 @@ class Evaluator:
             run=self.folder.name,
             method=config.router_name,
             backbone=config.backbone.name,
-            dataset=config.data.name,
+            dataset=config.data.label,
             seed=config.top.seed,
             split=split,
             flops_target=target,

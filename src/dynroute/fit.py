@@ -149,9 +149,9 @@ def fit(
                 part.load(done["optimizers"])
             for epoch in range(len(rows), before + phase.epochs):
                 rows.append(part.epoch(epoch, before, total, listener))
-                _save(net, folder / LAST, rows, meta, part.state())
                 if phase is phases[-1] and rows[-1]["calib_top1"] >= max(r["calib_top1"] for r in rows[before:]):
-                    _save(net, folder / BEST, rows, meta, {})
+                    _save(net, folder / BEST, rows, meta, {})  # first: after a kill in between, the epoch is run again
+                _save(net, folder / LAST, rows, meta, part.state())
                 write_rows(folder / TRAIN_FILE, rows)
         before += phase.epochs
     return rows

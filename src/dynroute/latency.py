@@ -23,8 +23,9 @@ def latency_table(
 ) -> list[tuple[float, float]]:
     """Shares of the dense net's multiply-adds, and the milliseconds that an image alone takes at each in the mean.
 
-    The rows of the run's bench.csv that this machine measured at batch 1 with as many threads as now, their times
-    corrected by how fast the dense net is now: machines have good and bad hours. Raises InputError where there are none.
+    The rows of the run's bench.csv that this machine measured at batch 1 with as many threads as now, by how they compare
+    with the dense net of the same rounds, and how fast that is now: machines have good and bad hours. Raises InputError
+    where there are none.
     """
     path, threads = folder / BENCH_FILE, torch.get_num_threads()
     wanted = {
@@ -42,11 +43,13 @@ def latency_table(
     if len(own) < 2:
         command = f"dynroute bench {folder} --flops-target 0.4 --flops-target 0.8 --batch 1 --threads {threads}"
         raise InputError(f"{path} has no two skipping rows of this machine at batch 1, threads {threads}: {command}")
-    dense = _matching(rows, wanted | {"mode": "dense_best"})
-    points = [(_above_0(row, "macs_share", path), 1e3 / _above_0(row, "images_per_s", path)) for row in own]
-    then = _above_0(dense[0], "images_per_s", path) if dense else None
-    slower = then / dense_speed(net, config, spec, device) if then else 1.0
-    return [(share, slower * time) for share, time in points]
+    compared = [_above_0(row, "speedup", path) for row in own if row.get("speedup")]
+    if len(compared) == len(own):
+        now = dense_speed(net, config, spec, device)
+        times = [1e3 / (now * faster) for faster in compared]
+    else:  # a table of another make, without a dense net beside it
+        times = [1e3 / _above_0(row, "images_per_s", path) for row in own]
+    return [(_above_0(row, "macs_share", path), time) for row, time in zip(own, times, strict=True)]
 
 
 def _matching(rows: Sequence[dict[str, str]], wanted: dict[str, str]) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ def bench_labels(config: Config, device: torch.device) -> dict[str, str]:
         "run": config.name,
         "method": config.router_name,
         "backbone": config.backbone.name,
-        "dataset": config.data.name,
+        "dataset": config.data.label,
         "affinity": affinity(),
         "machine": machine(device),
         "commit": commit(),
@@ -27,10 +27,17 @@ def bench_labels(config: Config, device: torch.device) -> dict[str, str]:
     }
 
 
+def processors() -> list[int]:
+    """The processors that this process may use; where the system does not say (macOS, Windows), all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def affinity() -> str:
     """The processors that this process may use, as 0-3,8."""
     runs: list[list[int]] = []
-    for cpu in sorted(os.sched_getaffinity(0)):
+    for cpu in processors():
         if runs and cpu == runs[-1][-1] + 1:
             runs[-1].append(cpu)
         else:

@@ -35,7 +35,7 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
     """Train a configuration into a run folder. Raises InputError if the folder holds a run and resume is not asked for."""
     if (folder / LAST).exists():
         _check_resumable(config, folder, resume)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(file.name not in (CONFIG_FILE, LOG_FILE) for file in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run: choose another name or --out")
     device = prepare(config)
     data = dataset(config)
@@ -44,7 +44,7 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
     write_text(folder / CONFIG_FILE, config.yaml(comments=True))
     log = _log(folder)
     log.info("dynroute %s torch %s %s commit %s", __version__, torch.__version__, machine(device), commit())
-    log.info("%s: %s on %s, config %s", config.name, config.router_name, config.data.name, config.hash())
+    log.info("%s: %s on %s, config %s", config.name, config.router_name, config.data.label, config.hash())
 
     def heard(step: Step) -> None:
         if step.row:
@@ -141,7 +141,7 @@ def inspect(config: Config, net: RoutedNet) -> dict[str, Any]:
         "name": config.name,
         "method": config.router_name,
         "backbone": config.backbone.name,
-        "dataset": config.data.name,
+        "dataset": config.data.label,
         "params": inference_parameters(net),
         "params_router": inference_parameters(net) - sum(p.numel() for p in net.backbone.parameters()),
         "macs_dense": net.cost.dense,

@@ -6,7 +6,6 @@ random images, under routes that are drawn while its router is asked for nothing
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ from dynroute.data import DataSpec
 from dynroute.evaluation import Evaluator
 from dynroute.fit import LAST
 from dynroute.net import RoutedNet
-from dynroute.provenance import bench_labels, environment
+from dynroute.provenance import bench_labels, environment, processors
 from dynroute.records import BENCH_FILE, FORMS_FILE, BenchRow, merge_bench, nearest
 from dynroute.routers import ranged
 from dynroute.skipping import Forms, save_forms
@@ -58,10 +57,11 @@ class Request:
     compiled: bool = False
     onnx: bool = False
     modes: frozenset[str] = Plan.modes
+    data: Path | None = None
 
     def __post_init__(self) -> None:
         """Check every value by itself."""
-        cores = len(os.sched_getaffinity(0))
+        cores = len(processors())
         if self.rate is not None:
             ranged("--rate", self.rate, 0, 1)
         for batch in self.batches:
@@ -116,7 +116,7 @@ def bench_path(source: Path, request: Request, say: Said = lambda text: None) ->
 def _of_run(folder: Path, request: Request, say: Said) -> Timed:
     if request.rate is not None:
         raise InputError(f"--rate draws routes for a configuration; {folder} is a run, which has a router of its own")
-    evaluator = Evaluator.of(folder, device=request.device)
+    evaluator = Evaluator.of(folder, device=request.device, data_path=request.data)
     points, missed = [Point()], []
     for target in request.targets:
         say(f"fitting the setting for {target:g}")

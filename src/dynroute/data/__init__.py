@@ -51,7 +51,7 @@ def load(options: DataOptions, seed: int = 0, make: MakeDataset | None = None) -
         raise unknown("data set", options.name, DATASETS)
     check(options)
     dataset = with_superclasses((make or DATASETS[options.name])(options, seed), options)
-    dataset.spec = replace(dataset.spec, augment=options.augment)
+    dataset.spec = replace(dataset.spec, augment=options.augment, flip=dataset.spec.flip and options.flip)
     return dataset
 
 

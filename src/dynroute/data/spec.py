@@ -5,6 +5,7 @@ Letters of this room: N images of a split, B images of a batch, H W height and w
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,7 @@ from dynroute.contracts import InputError
 RGB_MEAN = (0.485, 0.456, 0.406)
 RGB_STD = (0.229, 0.224, 0.225)
 
+OWN = ("folder", "npz")  # names that say a format: which data it is, the path tells
 CUT_SEED = 2024  # of the fixed order behind limits and the calibration cut; never the training seed
 
 
@@ -44,6 +46,16 @@ class DataOptions:
     folders, train/SUPERCLASS/CLASS), or a CSV file of class,superclass rows."""
     augment: bool = True
     """Random crops and horizontal flips of the training images."""
+    flip: bool = True
+    """Horizontal flips among them; false where left and right matter (digits, text, organs)."""
+
+    @property
+    def label(self) -> str:
+        """What tables call the data: its name, and for a user's own file or folder that one's name too."""
+        if self.name not in OWN or not self.path:
+            return self.name
+        own = re.sub(r"[^\w.+=-]", "-", Path(self.path).resolve().stem)
+        return f"{self.name}-{own}"
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,9 @@ class FileSplit:
 
     def take(self, rows: Tensor) -> FileSplit:
         """The split of these rows, in this order."""
-        return replace(self, paths=[self.paths[row] for row in rows.tolist()], labels=self.labels[rows])
+        own = {name: getattr(self, name) for name in ("superclasses", "difficulty")}
+        taken = {name: values[rows] for name, values in own.items() if values is not None}
+        return replace(self, paths=[self.paths[row] for row in rows.tolist()], labels=self.labels[rows], **taken)
 
 
 AnySplit = TypeVar("AnySplit", bound="Split | FileSplit")

@@ -135,6 +135,11 @@ class RnpOptions:
         if c is not None and (not 1 <= len(c) <= 2 or not all(0 <= x < 1e6 for x in c) or sorted(c) != c):
             raise InputError(f"router.charge must be [p] or [low, high], low <= high, none negative, not {c}")
         check_budget(self.budget)
+        if self.budget and self.cnn_epochs:
+            raise InputError(
+                "router.budget trains agent and CNN together, under budgets drawn for each image: set router.cnn_epochs=0 "
+                "and router.joint_epochs"
+            )
 
 
 @dataclass

@@ -40,7 +40,11 @@ def listed(routed: Routed, left_out: list[LeftOut]) -> pd.DataFrame:
         return empty
     wanted = dict(zip(SETTING, setting_of(routed.row), strict=True))
     try:
-        rows = [row for row in read_rows(file) if all((row.get(k, "") if k in LATER else row[k]) == v for k, v in wanted.items())]
+        rows = [
+            row
+            for row in read_rows(file)
+            if all((row.get(k, "") if k in LATER else row[k]) == v for k, v in wanted.items())
+        ]
         table = pd.DataFrame(rows, columns=list(NEEDED)).astype({"label": int, "rank": int, "index": int})
     except (InputError, KeyError, ValueError) as error:
         reason = reason_of(error, file) if isinstance(error, InputError) else "is not a list of images"
