@@ -62,12 +62,13 @@ format: .venv/ready
 
 # $(call rows,folder,names,targets,words): train with these words, evaluate and keep the CSV of each. A run resumes where it was
 # stopped; a finished one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled;
-# one trained for a single budget at that, the slimmable net at its widths.
+# one trained for a single budget at that, the slimmable net at its widths; what others start from is no row.
 define rows
 @for name in $(2); do \
   $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml $(if $(filter shapes,$(1)),,data.path=$(DATA)) $(4) \
     --out runs/$(1)/$$name --resume && \
   case $$name in \
+    widths|start|given16) continue ;; \
     rnr_*) $(BIN)/dynroute eval runs/$(1)/$$name --flops-target 0.$${name##*_} --controls || test $$? -eq 3 ;; \
     rn*|dmnn*|aig*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \
