@@ -155,8 +155,7 @@ def test_the_resource_loss_holds_each_group_to_its_own_mean_target() -> None:
     by_hand = 0.0
     for group in told_B.argsort().chunk(4):
         target = float(told_B[group].mean())
-        of_parts = target / net.span()[1]
-        by_hand += float((keep_BUG[group].mean((0, 2)) - of_parts).square().sum()) / 4
+        by_hand += float((keep_BUG[group].mean((0, 2)) - target).square().sum()) / 4
         by_hand += (float(out.macs_B[group].detach().mean()) / net.cost.dense - target) ** 2 / 4
     assert loss(out, batch(64))["loss_resource"].item() == pytest.approx(by_hand, rel=1e-5)
 
@@ -166,7 +165,7 @@ def test_targets_fall_where_the_gates_overspend_and_never_run_away() -> None:
     for gate in net.router.gates:  # type: ignore[union-attr]
         gate.bias.data.view(-1, 2)[:, 1] = 9.0  # type: ignore[union-attr, operator]  # open: every budget is overspent
     phase, start = next(phases(net, net.router.options)), net.router.told_K.clone()  # type: ignore[arg-type, operator]
-    assert phase.target == pytest.approx(0.6 / net.span()[1])
+    assert phase.target == pytest.approx(0.6)
     out = net(pictures(64))
     terms = phase.loss(out, batch(64))
     assert bool((net.router.told_K < start).all())  # type: ignore[operator]

@@ -226,21 +226,26 @@ def test_open_epochs_train_the_backbone_with_all_parts_on_one_curve_with_the_joi
     assert alone.curve == (0.0, 1.0)
 
 
-def test_parts_that_cost_more_than_the_dense_net_are_asked_for_less_often() -> None:
-    """Both terms of the resource loss vanish near one point: that many parts cost the target."""
+def test_parts_and_flops_that_cannot_both_be_had_are_remarked_upon() -> None:
     net = make_net("dmnn", "paths", path_least=24)
-    dearest = net.span()[1]
-    assert dearest > 1.3
-    (phase,) = phases(net, DmnnOptions(target=0.5, resource_weight=1.0))
-    assert phase.target == pytest.approx(0.5 / dearest)
-    (blocks,) = phases(net, DmnnOptions(target=0.5, resource="aig"))
-    (free,) = phases(net, DmnnOptions(target=0.5, resource="flops"))
-    assert (blocks.target, free.target) == (0.5, None)
-    keep_BUG = torch.zeros(10, len(net.router.specs), 2)
-    keep_BUG[:, :, 0] = (torch.arange(10) < round(20 * 0.5 / dearest)).float()[:, None]  # of 20 parts
-    labelled = Batch(pictures(10), torch.arange(10), None, torch.arange(10))
-    out = net(labelled.images, keep_BUG)
-    assert float(phase.loss(out, labelled)["loss_resource"]) < 0.01
+    low, high = net.span()
+    assert high > 1.3
+    usual = make_net("dmnn", "paths")
+    (phase,) = phases(net, DmnnOptions(target=0.5))
+    assert phase.target == 0.5
+    before = usual.router.remarks
+    assert net.router.remarks[:-1] == before
+    said = net.router.remarks[-1]
+    fit = (0.5 - low) / (high - low)
+    assert f"0.50 of the parts cost {low + 0.5 * (high - low):.2f} of the dense net" in said
+    assert f"router.targets=[{fit:.2f}, ...]" in said
+    for options in (DmnnOptions(resource="flops"), DmnnOptions(resource="aig"), DmnnOptions(targets=[fit] * 3)):
+        agreeing = make_net("dmnn", "paths", path_least=24)
+        (phase,) = phases(agreeing, options)
+        assert agreeing.router.remarks == before
+        assert phase.target == (None if options.resource == "flops" else pytest.approx(fit if options.targets else 0.5))
+    list(phases(usual, DmnnOptions(target=0.5)))
+    assert usual.router.remarks == before
 
 
 def test_steps_of_the_rate_count_epochs_of_the_whole_curve() -> None:

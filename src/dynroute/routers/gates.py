@@ -28,6 +28,7 @@ FEEDBACK = 0.05  # step of a budget's target per minibatch and per share missed 
 SLACK = 0.2  # and how far from its budget the target may move
 GROUPS = 4  # of a minibatch's images by target, each held to its own mean: 32 of 128 images (ours)
 TARGET = 0.5
+APART = 0.05  # of shares: beyond it rate and FLOPs terms are said to contradict each other (ours)
 OPEN_AT_START = 0.87
 STEEP = 12.0  # log odds of a gate per share of budget: so a gate opens within about a third of the whole range (ours)
 
@@ -37,10 +38,11 @@ class DmnnOptions:
     """The `router` section for router.name=dmnn. "Ours" marks what the paper does not state."""
 
     target: float = TARGET
-    """Target t: share of the dense net's multiply-adds that should run, and r of each block's sub-blocks, r = t over the share
-    that all of them together cost, so that (12) and (14) ask for the same. With resource=aig, share of the blocks."""
+    """Target t = r: share of the dense net's multiply-adds, and of the sub-blocks of each block, that should run. With
+    resource=aig, of the blocks alone."""
     targets: list[float] = field(default_factory=list)
-    """Share of the sub-blocks of each block that should run, in the order of the blocks (ConvNet-AIG); empty: target for all."""
+    """r of each block, in the order of the blocks (ConvNet-AIG; or where all sub-blocks together cost much more than the dense
+    net, so that r of them and t of the dense net are not the same thing); empty: target for all."""
     budget: list[float] | None = None
     """[low, high]: targets drawn from, image by image, and given to the controllers, so that one net serves every budget
     between; what is asked for is corrected until eval mode spends it. Empty: the one target. Ours."""
@@ -225,6 +227,20 @@ class GateRouter(Router):
         self.told_K -= FEEDBACK * self.range.overspent(asked_B, share_B, span)
         self.told_K.clamp_(wanted_K - SLACK, wanted_K + SLACK)
 
+    def warn_of_two_targets(self, target: float, parts: float, span: tuple[float, float]) -> None:
+        """Leave a remark where the rate terms (12) and the FLOPs term (14) ask for costs that are far apart.
+
+        parts: mean r of the blocks. span: shares of the cheapest and the dearest route.
+        """
+        share = span[0] + parts * (span[1] - span[0])
+        if abs(share - target) > APART:
+            fit = (target - span[0]) / (span[1] - span[0])
+            remark = f"{parts:.2f} of the parts cost {share:.2f} of the dense net, and {target:.2f} is asked for: the resource "
+            self.remarks = (
+                *self.remarks,
+                f"{remark}loss cannot have both; router.targets=[{fit:.2f}, ...] for each block agrees",
+            )
+
     def asked(self) -> tuple[float, float]:
         """(budget asked for, price on top per share of a unit), as the dial stands; no budget is asked for without a range."""
         return (0.0, self.price) if self.range is None else self.range.dial(self.price)
@@ -245,13 +261,9 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
     assert isinstance(router, GateRouter)
     weights_U = torch.tensor([category_weight(s) for s in specs])
     parts_U = torch.tensor([s.parts for s in specs])
-
-    def of_parts(target: Tensor) -> Tensor:
-        """r: the part of the sub-blocks that goes with a target."""
-        return target if options.resource == "aig" else (target / span[1]).clamp(max=1.0)
-
-    alike = of_parts(torch.tensor(options.target)).expand(len(specs))
-    targets_U = torch.tensor(options.targets) if options.targets else alike
+    targets_U = torch.tensor(options.targets or [options.target] * len(specs))
+    if options.resource == "dmnn" and router.range is None:
+        router.warn_of_two_targets(options.target, float(targets_U.mean()), span)
 
     def resource(out: Output, target: float | Tensor, targets_U: Tensor) -> Tensor:
         if options.resource == "aig":
@@ -267,7 +279,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         for group in told_B.argsort().tensor_split(GROUPS):
             target = told_B[group].mean()
             part = Output(out.logits_BK, Trace(out.trace.keep_BUG[group], {}), out.macs_B[group])
-            losses.append(resource(part, target, of_parts(target).expand(len(specs))))
+            losses.append(resource(part, target, target.expand(len(specs))))
         return torch.stack(losses).mean()
 
     def loss(out: Output, batch: Batch) -> dict[str, Tensor]:
@@ -284,7 +296,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         return terms
 
     # price 0, the trained point, stands in the middle of the range; the FLOPs term alone asks for no number of parts
-    asked = of_parts(torch.tensor(router.range.dial(0.0)[0])) if router.range else targets_U.mean()
+    asked = router.range.dial(0.0)[0] if router.range else float(targets_U.mean())
     opened = options.open_epochs / max(1, options.open_epochs + options.epochs)
     if options.open_epochs:
         yield Phase(
@@ -298,7 +310,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         router_scale=options.gate_lr,
         router_decay=options.gate_decay,
         schedule=lambda done: cool(router, done, options.cooling),
-        target=None if options.resource == "flops" else float(asked),
+        target=None if options.resource == "flops" else asked,
         curve=(opened, 1.0),
     )
 
