@@ -102,7 +102,7 @@ def main() -> None:
         evaluator.net.router.setting = evaluator.fitted(asked.flops_target).setting
         config, target = evaluator.config, f"{asked.flops_target:g}"
         named = {"run": run.name, "method": config.router_name, "backbone": config.backbone.name}
-        named |= {"dataset": config.data.name, "target": target, **agreement(evaluator)}
+        named |= {"dataset": config.data.label, "target": target, **agreement(evaluator)}
         torch.set_num_threads(1)
         named |= {"commit": source, "torch": torch.__version__, "machine": machine(evaluator.device)}
         for batch in BATCHES:

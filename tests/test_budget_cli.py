@@ -45,9 +45,9 @@ def test_a_run_is_evaluated_where_its_data_lie_now(runs: dict[str, Path], tmp_pa
     words = [*TINY, "data.name=npz", f"data.path={tmp_path / 'mine.npz'}", "router.epochs=1"]
     assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
     (tmp_path / "there").mkdir()
-    (tmp_path / "mine.npz").rename(tmp_path / "there" / "mine.npz")
+    (tmp_path / "mine.npz").rename(tmp_path / "there" / "yours.npz")
     assert main(["eval", str(tmp_path / "run")]) == 2
-    moved = ["--data", str(tmp_path / "there" / "mine.npz"), "--device", "cpu"]
+    moved = ["--data", str(tmp_path / "there" / "yours.npz"), "--device", "cpu"]
     (row,) = evaluated(capsys, str(tmp_path / "run"), *moved)["rows"]
     assert (row["dataset"], row["n"]) == ("npz-mine", 12)
     arrays["train_labels"] = arrays["train_labels"] // 2

@@ -119,6 +119,25 @@ def test_a_target_searched_for_keeps_its_setting_whatever_is_measured_later() ->
     assert dial.find(0.5) == dial.calibration.fit(0.5) == dial.calibration.within_reach(0.5) == found
 
 
+def test_the_second_format_is_read_on(tmp_path: Path) -> None:
+    made = calibration(STEPS)
+    made.searched = {0.6: made.fit(0.6)}
+    write_budget(tmp_path, "a", made)
+    content = json.loads((tmp_path / "budget.json").read_text())
+    (dial,) = content["dials"]
+    old = {"format": 2, **{name: dial.pop(name) for name in ("checkpoint", "images")}, "dials": [dial]}
+    (tmp_path / "budget.json").write_text(json.dumps(old))
+    assert read_budget(tmp_path, "a") == made and read_budget(tmp_path, "b") is None and not outdated(tmp_path)
+    write_budget(tmp_path, "b", made, standing={"a"})
+    assert read_budget(tmp_path, "a") == read_budget(tmp_path, "b") == made
+
+
+def test_a_dial_of_another_make_is_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "budget.json").write_text('{"format": 3, "dials": [{}]}')
+    write_budget(tmp_path, "a", calibration(STEPS))
+    assert read_budget(tmp_path, "a") == calibration(STEPS)
+
+
 def test_the_first_format_is_outdated_and_holds_nothing(tmp_path: Path) -> None:
     (tmp_path / "budget.json").write_text('{"checkpoint": "a", "images": 9, "settings": [[0.0, 0.5]]}')
     assert outdated(tmp_path) and read_budget(tmp_path, "a") is None

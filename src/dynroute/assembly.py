@@ -20,6 +20,7 @@ from dynroute.data import Dataset, DataSpec, known_spec, load
 from dynroute.fit import LAST, Teacher, load_checkpoint, load_tensors, load_weights
 from dynroute.net import RoutedNet
 from dynroute.provenance import processors
+from dynroute.records import nearest
 from dynroute.routers.static import StaticOptions
 from dynroute.skipping import FastNet
 
@@ -98,7 +99,7 @@ def _take_over(net: Backbone, run: Path, width: float, config: Config) -> None:
     if trained.router_name != "static":
         raise InputError(f"backbone.nets: {run} is a run of router.name={trained.router_name}, not of static")
     found, needed = (
-        f"{c.backbone.name} of {c.backbone.parts} {unit} on {c.data.name} at width {w:g}"
+        f"{c.backbone.name} of {c.backbone.parts} {unit} on {c.data.label} at width {w:g}"
         for c, unit, w in ((trained, trained.backbone.unit, trained.router.width), (config, "channels", width))
     )
     if found != needed:
@@ -185,6 +186,17 @@ def prepare(config: Config) -> torch.device:
 def on_device(config: Config, device: str | None) -> Config:
     """The configuration with another device; None: as it is."""
     return config if device is None else dataclasses.replace(config, top=dataclasses.replace(config.top, device=device))
+
+
+def moved(config: Config, path: Path | None) -> Config:
+    """The configuration with its data elsewhere; None: as it is. Raises InputError where nothing is, or nothing is read."""
+    if path is None:
+        return config
+    if config.data.name == "shapes":
+        raise InputError("--data: shapes are drawn, not read")
+    if not path.exists():
+        raise InputError(f"--data: there is no {path}{nearest(path)}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
 
 
 def untrained(source: Path, overrides: list[str] | None = None) -> tuple[Config, RoutedNet, DataSpec]:

@@ -26,7 +26,8 @@ TOLERANCE = 0.02  # a target is missed when the reached share is further away
 EXACT = 0.002  # a price whose share is as near as this is used alone
 CLOSE = 0.01  # two prices whose shares are as near as this are mixed without a search for one in between
 Z95 = 1.959964  # of the normal distribution, two-sided
-FORMAT = 3  # of budget.json; the first had no spread, the second one checkpoint alone
+FORMAT = 3  # of budget.json; the first had no spread, the second, which is read as well, one checkpoint alone
+BROKEN = (ValueError, TypeError, KeyError, AttributeError, OSError)  # what a file of another make raises
 
 
 class Point(NamedTuple):
@@ -123,7 +124,7 @@ def read_budget(folder: Path, fingerprint: str, limit: float | None = None) -> C
             if (dial["checkpoint"], dial["flops_max"]) == (fingerprint, limit):
                 points = {float(row[0]): Point(*map(float, row)) for row in dial["points"]}
                 return Calibration(int(dial["images"]), points, {float(t["target"]): _fit(t) for t in dial["targets"]})
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except BROKEN as error:
         raise InputError(
             f"{folder / BUDGET_FILE} is not a table of settings ({type(error).__name__}); delete it"
         ) from None
@@ -134,7 +135,7 @@ def outdated(folder: Path) -> bool:
     """Whether a run's budget.json is of an older format."""
     try:
         return _content(folder).get("format", FORMAT) != FORMAT or "settings" in _content(folder)
-    except (ValueError, AttributeError, OSError):
+    except BROKEN:
         return False
 
 
@@ -151,11 +152,11 @@ def write_budget(
     """
     try:
         old = _content(folder)
-    except (ValueError, OSError):
-        old = {}
-    kept, own = {fingerprint, *standing}, (fingerprint, limit)
-    dials = [dial for dial in (old["dials"] if old.get("format") == FORMAT else []) if dial["checkpoint"] in kept]
-    dials = [dial for dial in dials if (dial["checkpoint"], dial["flops_max"]) != own]
+        known = old["dials"] if old.get("format") == FORMAT else []
+        others = [dial for dial in known if (dial["checkpoint"], dial["flops_max"]) != (fingerprint, limit)]
+        dials = [dial for dial in others if dial["checkpoint"] in {fingerprint, *standing}]
+    except BROKEN:
+        dials = []
     targets = [{"target": target, **_flat(fit)} for target, fit in sorted(calibration.searched.items())]
     made = {"checkpoint": fingerprint, "flops_max": limit, "images": calibration.images}
     dials.append({**made, "points": sorted(calibration.points.values()), "targets": targets})
@@ -177,6 +178,9 @@ def _content(folder: Path) -> dict[str, Any]:
     """The file as it is; empty where there is none."""
     path = folder / BUDGET_FILE
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content.get("format") == 2:
+        own = {name: content[name] for name in ("checkpoint", "images")}
+        return {"format": FORMAT, "dials": [own | dial for dial in content["dials"]]}
     return content
 
 

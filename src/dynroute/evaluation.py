@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dynroute.assembly import dataset, dense_twin, fingerprint, inference_parameters, on_device, prepare, restore
+from dynroute.assembly import dataset, dense_twin, fingerprint, inference_parameters, moved, on_device, prepare, restore
 from dynroute.bench import POOL, Benched, Plan, Point, bench
 from dynroute.calibration import (
     TOLERANCE,
@@ -99,9 +99,7 @@ class Evaluator:
         path = folder / (BEST if checkpoint == "best" else LAST)
         net, config, content = restore(path)
         place = prepare(on_device(config, device))
-        if data_path:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data_path)))
-        data = dataset(config)
+        data = dataset(moved(config, data_path))  # the rows stay those of the data that the run was trained on
         stored = content["meta"]["data"]
         if (data.spec.image_size, *data.spec.class_names) != (stored["image_size"], *stored["class_names"]):
             raise InputError(

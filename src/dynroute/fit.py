@@ -34,7 +34,10 @@ KEPT = "the last good checkpoint is kept; lower optim.lr"
 
 @dataclass
 class OptimOptions:
-    """The `optim` section of a configuration: SGD with momentum, a schedule that starts anew in every phase, a teacher."""
+    """The `optim` section of a configuration: SGD with momentum, a schedule, a teacher.
+
+    The schedule starts anew in every phase, or goes on where phases share a curve (DMNN's open and joint epochs).
+    """
 
     lr: float = 0.1
     """Learning rate of the backbone at the top of the schedule."""
@@ -45,7 +48,7 @@ class OptimOptions:
     momentum: float = 0.9
     """Momentum of SGD."""
     warmup: float = 0.05
-    """Share of a phase in which the rate climbs linearly."""
+    """Share of a curve of the rate (of a phase, as a rule) in which it climbs linearly."""
     nesterov: bool = True
     """Nesterov momentum; false: classical."""
     schedule: str = "cosine"

@@ -204,7 +204,8 @@ def read_eval(path: Path) -> list[dict[str, Any]]:
 def merge_eval(path: Path, row: EvalRow) -> None:
     """Add a row to an eval.csv in place of the one of the same split, target, limit, checkpoint and control.
 
-    So a repeated call adds nothing. Where the net's own row has changed, the controls made from the old one go too.
+    So a repeated call adds nothing. The file is of one run: all rows get the data set and configuration hash of the new one.
+    Where the net's own row has changed, the controls made from the old one go too.
     """
     old = read_rows(path) if path.exists() else []
     new = {k: _cell(v) for k, v in as_dict(row).items()}
@@ -213,7 +214,8 @@ def merge_eval(path: Path, row: EvalRow) -> None:
     there = [r for r in old if all(r[k] == new[k] for k in setting)]
     changed = any(not r["control"] and any(r[k] != new[k] for k in ("macs_mean", "top1", "n")) for r in there)
     replaced = there if changed and not row.control else [r for r in there if r["control"] == row.control]
-    kept = [r for r in old if r not in replaced]
+    one_run = {k: new[k] for k in ("dataset", "config_hash")}  # as this version names them
+    kept = [r | one_run for r in old if r not in replaced]
     write_rows(path, [*kept, new], EVAL_COLUMNS)
 
 

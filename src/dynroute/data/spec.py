@@ -54,7 +54,8 @@ class DataOptions:
         """What tables call the data: its name, and for a user's own file or folder that one's name too."""
         if self.name not in OWN or not self.path:
             return self.name
-        own = re.sub(r"[^\w.+=-]", "-", Path(self.path).resolve().stem)
+        place = Path(self.path).absolute()
+        own = re.sub(r"[^\w.+=-]", "-", place.stem if self.name == "npz" else place.name)
         return f"{self.name}-{own}"
 
 

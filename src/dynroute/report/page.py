@@ -38,8 +38,8 @@ CONTROL_NOTES = (
     "shuffled: the row's own routes handed to other images; random: drawn unit by unit at the same rates; both charged for the "
     "router. most_common: one route for all images, a static net.",
     "95 % interval: of the difference in top-1, in points. paired: over the same test images (McNemar-type, normal), where "
-    "routes.csv of all rows concerned are at hand; independent: from the numbers of images alone, which is wider. It knows "
-    "nothing of the spread over seeds. not beaten: the interval reaches zero or below.",
+    "routes.csv (of a run's own controls: control_answers.csv) of all rows concerned are at hand; independent: from the numbers "
+    "of images alone, which is wider. It knows nothing of the spread over seeds. not beaten: the interval reaches zero or below.",
 )
 PAPER_NOTES = (
     "certainty. seen: in the authors' own text, poster or code. second-hand: quoted by others. "

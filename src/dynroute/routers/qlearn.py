@@ -135,11 +135,6 @@ class RnpOptions:
         if c is not None and (not 1 <= len(c) <= 2 or not all(0 <= x < 1e6 for x in c) or sorted(c) != c):
             raise InputError(f"router.charge must be [p] or [low, high], low <= high, none negative, not {c}")
         check_budget(self.budget)
-        if self.budget and self.cnn_epochs:
-            raise InputError(
-                "router.budget trains agent and CNN together, under budgets drawn for each image: set router.cnn_epochs=0 "
-                "and router.joint_epochs"
-            )
 
 
 @dataclass
@@ -444,6 +439,11 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
     """pretrain -> widths -> (agent -> cnn) x rounds -> joint, as Algorithm 1 of RNP and the stages of its code."""
     router = net.router
     assert isinstance(router, QRouter)
+    if options.budget and options.cnn_epochs and options.rounds:
+        raise InputError(
+            "router.budget trains agent and CNN together, under budgets drawn for each image: set router.cnn_epochs=0 "
+            "and router.joint_epochs"
+        )
 
     def explore(epsilon: float) -> None:
         router.epsilon = epsilon
