@@ -56,6 +56,12 @@ def test_a_run_is_evaluated_where_its_data_lie_now(runs: dict[str, Path], tmp_pa
     assert main(["eval", str(tmp_path / "run")]) == 2
     assert "other classes" in capsys.readouterr().err
     assert main(["eval", str(runs["dmnn"]), "--device", "tpu"]) == 2
+    capsys.readouterr()
+    for command in (["eval", str(runs["dmnn"])], ["bench", str(runs["dmnn"] / "config.yaml")]):
+        assert main([*command, "--data", str(tmp_path)]) == 2
+        assert "shapes are drawn, not read" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "nine.npz")]) == 2
+    assert f"--data: there is no {tmp_path / 'nine.npz'}" in capsys.readouterr().err
 
 
 def test_a_row_says_what_to_expect_of_new_images(run: Path, capsys: Capture) -> None:

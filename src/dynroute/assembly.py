@@ -20,7 +20,6 @@ from dynroute.data import Dataset, DataSpec, known_spec, load
 from dynroute.fit import LAST, Teacher, load_checkpoint, load_tensors, load_weights
 from dynroute.net import RoutedNet
 from dynroute.provenance import processors
-from dynroute.records import nearest
 from dynroute.routers.static import StaticOptions
 from dynroute.skipping import FastNet
 
@@ -195,13 +194,15 @@ def moved(config: Config, path: Path | None) -> Config:
     if config.data.name == "shapes":
         raise InputError("--data: shapes are drawn, not read")
     if not path.exists():
-        raise InputError(f"--data: there is no {path}{nearest(path)}")
+        raise InputError(f"--data: there is no {path}")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
 
 
-def untrained(source: Path, overrides: list[str] | None = None) -> tuple[Config, RoutedNet, DataSpec]:
+def untrained(
+    source: Path, overrides: list[str] | None = None, data_path: Path | None = None
+) -> tuple[Config, RoutedNet, DataSpec]:
     """The net of a YAML file with random weights; its data is read only where its name does not tell enough."""
-    config = load_config(source, overrides)
+    config = moved(load_config(source, overrides), data_path)
     sized = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None, nets=[]))
     spec = known_spec(config.data) or dataset(config).spec
     return config, build(sized, spec), spec

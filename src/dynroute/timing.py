@@ -109,7 +109,7 @@ def bench_path(source: Path, request: Request, say: Said = lambda text: None) ->
         raise InputError(f"{source} is neither a configuration nor a run folder{nearest(source)}")
     if request.targets:
         raise InputError(f"--flops-target needs a trained run, {source} is a configuration: --rate draws its routes")
-    config, net, spec = untrained(source, [f"data.path={request.data}"] if request.data else [])
+    config, net, spec = untrained(source, data_path=request.data)
     return bench_untrained(config, net, spec, request, say)
 
 
