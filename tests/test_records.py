@@ -80,6 +80,18 @@ def test_merge_replaces_the_same_split_and_target(tmp_path: Path) -> None:
     assert found == [("calib", 0.5, 0.9173), ("test", 0.5, 0.5), ("test", None, 0.6)]
 
 
+def test_rows_of_before_a_users_data_had_a_name_take_it_over(tmp_path: Path) -> None:
+    file = tmp_path / "eval.csv"
+    before = replace(ROW, dataset="npz", config_hash="old", flops_target=0.4)
+    merge_eval(file, before)
+    merge_eval(file, replace(before, flops_target=0.5, dataset="npz-flowers", config_hash="new"))
+    assert [(row["dataset"], row["config_hash"]) for row in read_eval(file)] == [("npz-flowers", "new")] * 2
+    merge_eval(file, replace(before, flops_target=0.6, dataset="npz-flowers", config_hash="newer"))
+    assert [row["config_hash"] for row in read_eval(file)] == ["new", "new", "newer"], (
+        "of other configurations they stay"
+    )
+
+
 def test_merge_into_a_file_with_a_column_too_many(tmp_path: Path) -> None:
     file = tmp_path / "eval.csv"
     write_rows(file, [{**as_dict(replace(ROW, split="calib")), "newer": 1}])

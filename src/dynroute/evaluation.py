@@ -37,6 +37,7 @@ from dynroute.records import (
     ROUTES_FILE,
     BenchRow,
     EvalRow,
+    image_setting,
     merge_eval,
     nearest,
     read_rows,
@@ -277,9 +278,7 @@ class Evaluator:
         write_images(self.folder, setting, scores, part, self.data.spec)
 
     def _setting(self, split: str, target: float | None) -> dict[str, str]:
-        """The columns that tell the settings of a table of images apart."""
-        asked, most = ("" if share is None else f"{share:.12g}" for share in (target, self.flops_max))
-        return {"split": split, "flops_target": asked, "flops_max": most, "checkpoint": self.checkpoint}
+        return image_setting(split, target, self.flops_max, self.checkpoint)
 
     def _replace(self, file: str, setting: dict[str, str], rows: list[dict[str, Any]]) -> None:
         """Put rows of a setting into a table of images, in the place of those that it had."""

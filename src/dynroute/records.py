@@ -16,6 +16,7 @@ from dynroute.contracts import InputError
 EVAL_FILE, TRAIN_FILE, ROUTES_FILE, ANSWERS_FILE = "eval.csv", "train.csv", "routes.csv", "control_answers.csv"
 BENCH_FILE, BUDGET_FILE, FORMS_FILE = "bench.csv", "budget.json", "forms.json"
 CLASSES_FILE, UNITS_FILE, IMAGES_FILE, IMAGES_FOLDER = "classes.csv", "units.csv", "images.csv", "images"
+SETTING = ("split", "flops_target", "flops_max", "checkpoint")  # columns that tell evaluations of a run apart
 
 
 @dataclass
@@ -204,19 +205,24 @@ def read_eval(path: Path) -> list[dict[str, Any]]:
 def merge_eval(path: Path, row: EvalRow) -> None:
     """Add a row to an eval.csv in place of the one of the same split, target, limit, checkpoint and control.
 
-    So a repeated call adds nothing. The file is of one run: all rows get the data set and configuration hash of the new one.
+    So a repeated call adds nothing. Rows of before a user's own data had a name (npz, folder) take it and its hash over.
     Where the net's own row has changed, the controls made from the old one go too.
     """
     old = read_rows(path) if path.exists() else []
     new = {k: _cell(v) for k, v in as_dict(row).items()}
-    setting = ("split", "flops_target", "flops_max", "checkpoint")
     old = [{k: r.get(k, "") for k in EVAL_COLUMNS} | {"checkpoint": r.get("checkpoint") or "last"} for r in old]
-    there = [r for r in old if all(r[k] == new[k] for k in setting)]
+    there = [r for r in old if all(r[k] == new[k] for k in SETTING)]
     changed = any(not r["control"] and any(r[k] != new[k] for k in ("macs_mean", "top1", "n")) for r in there)
     replaced = there if changed and not row.control else [r for r in there if r["control"] == row.control]
-    one_run = {k: new[k] for k in ("dataset", "config_hash")}  # as this version names them
-    kept = [r | one_run for r in old if r not in replaced]
+    named = {k: new[k] for k in ("dataset", "config_hash")}
+    kept = [r for r in old if r not in replaced]
+    kept = [r | named if new["dataset"].startswith(f"{r['dataset']}-") else r for r in kept]
     write_rows(path, [*kept, new], EVAL_COLUMNS)
+
+
+def image_setting(split: str, target: float | None, most: float | None, checkpoint: str) -> dict[str, str]:
+    """The cells under SETTING of the rows for single images. most: the share that no image may exceed."""
+    return dict(zip(SETTING, (split, _cell(target), _cell(most), checkpoint), strict=True))
 
 
 def merge_bench(path: Path, rows: Sequence[BenchRow]) -> None:

@@ -41,6 +41,7 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
     data = dataset(config)
     net = build(config, data.spec).to(device)
     teacher = make_teacher(config, data.spec, device)
+    phases = list(config.method.phases(net, config.router))  # before anything is written: they may refuse
     write_text(folder / CONFIG_FILE, config.yaml(comments=True))
     log = _log(folder)
     log.info("dynroute %s torch %s %s commit %s", __version__, torch.__version__, machine(device), commit())
@@ -54,7 +55,6 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
         listener(step)
 
     meta = {"config": config.yaml(), "data": dataclasses.asdict(data.spec)}
-    phases = list(config.method.phases(net, config.router))
     workers = config.data.workers
     try:
         fit(
@@ -107,7 +107,9 @@ def _log(folder: Path) -> logging.Logger:
 def check(config: Config) -> RoutedNet:
     """Build everything that training would, data included, and return the net."""
     prepare(config)
-    return build(config, dataset(config).spec)
+    net = build(config, dataset(config).spec)
+    list(config.method.phases(net, config.router))  # which may refuse
+    return net
 
 
 def inspect_path(source: Path) -> dict[str, Any]:

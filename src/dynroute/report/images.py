@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynroute.contracts import InputError
-from dynroute.records import read_text
+from dynroute.records import SETTING, image_setting, read_text
 from dynroute.report.read import Row
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SETTING = ("split", "flops_target", "flops_max", "checkpoint")
 LATER = ("flops_max",)  # columns that older files lack: empty there
 
 
 def setting_of(row: Row) -> tuple[str, ...]:
     """The values of SETTING that the test images of a row of eval.csv have."""
-    target, most = ("" if x is None or x != x else f"{x:.12g}" for x in (row["flops_target"], row["flops_max"]))
-    return ("test", target, most, row["checkpoint"] or "last")
+    target, most = (None if x != x else x for x in (row["flops_target"], row["flops_max"]))  # nan: none
+    return tuple(image_setting("test", target, most, row["checkpoint"] or "last").values())
 
 
 def read_images(file: Path, columns: Mapping[str, str], optional: Mapping[str, str] | None = None) -> pd.DataFrame:

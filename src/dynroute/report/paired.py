@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynroute.report.images import SETTING, read_images
+from dynroute.records import SETTING
+from dynroute.report.images import read_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,7 @@ def over_seeds(seeds: Sequence[Answers | None]) -> Answers | None:
 
 
 def answers(file: Path) -> dict[tuple[str, ...], Answers]:
-    """The images of a table of images by setting (see `images.SETTING`), and where it has controls by these too.
+    """The images of a table of images by setting (see `records.SETTING`), and where it has controls by these too.
 
     Raises InputError on a missing, torn or foreign file.
     """

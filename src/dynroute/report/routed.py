@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynroute.contracts import InputError
-from dynroute.records import CLASSES_FILE, UNITS_FILE, read_rows
-from dynroute.report.images import SETTING, read_images, setting_of
+from dynroute.records import CLASSES_FILE, SETTING, UNITS_FILE, read_rows
+from dynroute.report.images import read_images, setting_of
 from dynroute.report.read import LeftOut, Row, identity, reason_of
 from dynroute.report.tables import PLACE, STATIC, labels
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynroute.contracts import InputError
-from dynroute.records import IMAGES_FILE, IMAGES_FOLDER, read_rows
-from dynroute.report.images import LATER, SETTING, setting_of
+from dynroute.records import IMAGES_FILE, IMAGES_FOLDER, SETTING, read_rows
+from dynroute.report.images import LATER, setting_of
 from dynroute.report.pictures.style import Picture, finish, headings, panels, shortened
 from dynroute.report.read import LeftOut, reason_of
 from dynroute.report.routed import Routed
