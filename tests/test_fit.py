@@ -26,7 +26,8 @@ SMALL = [*TINY, "data.train_images=150", "data.test_images=50", "optim.batch_siz
 LEARNED = ["router.hidden=8", "router.pretrain_epochs=0"]
 METHODS = {
     "dmnn": ["router.name=dmnn", "router.epochs=3"],
-    "opened": ["router.name=dmnn", "router.open_epochs=1", "router.epochs=2", "router.cooling=0.5"],
+    "opened": ["router.name=dmnn", "router.open_epochs=1", "router.epochs=2", "router.cooling=0.5",
+               "router.settled=0.25"],
     "rnp": ["router.name=rnp", *LEARNED, "router.widths_epochs=1", "router.rounds=2", "router.agent_epochs=2",
             "router.cnn_epochs=1"],
     "rnr": ["router.name=rnr", *LEARNED, "router.widths_epochs=1", "router.agent_epochs=1", "router.joint_epochs=2"],
@@ -146,6 +147,18 @@ def test_killed_between_best_and_last_leaves_no_epoch_out(
     assert_same_run(whole / "dmnn", folder)
     there, here = (load_checkpoint(path / "best.pt")["model"] for path in (whole / "dmnn", folder))
     assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+def test_a_budget_and_epochs_of_the_cnn_alone_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    keys = ["router.budget=[0.3,0.9]", "router.cnn_epochs=1", "router.rounds=1"]
+    for act in (
+        lambda: runs.train(config_of("rnr", *keys), tmp_path / "run"),
+        lambda: runs.check(config_of("rnr", *keys)),
+    ):
+        with pytest.raises(InputError, match=r"set router\.cnn_epochs=0"):
+            act()
+    assert not (tmp_path / "run").exists()
+    assert runs.check(config_of("rnr", *keys, "router.rounds=0")).router.specs  # no such epochs are trained then
 
 
 def test_a_folder_that_was_only_begun_is_begun_again(whole: Path, tmp_path: Path) -> None:
