@@ -38,11 +38,15 @@ def test_the_teacher_is_the_dense_net(kind: str, dense: Path, tmp_path: Path) ->
         "state dict": [f"optim.teacher={plain}"],
         "start": [f"backbone.weights={plain}", "optim.teacher=start"],
     }[kind]
-    config = load_config(overrides=[*TINY, *SHORT_RNP, *keys])
-    teacher = make_teacher(config, load(config.data).spec, torch.device("cpu"))
-    assert teacher is not None
     wanted = restore(dense / "last.pt")[0].eval()(images()).logits_BK
-    assert torch.allclose(teacher(images()), wanted, atol=1e-4)
+    for amp, precision in (("none", 1e-4), ("bf16", 0.03 * float(wanted.abs().max()))):
+        config = load_config(overrides=[*TINY, *SHORT_RNP, *keys, f"optim.amp={amp}"])
+        teacher = make_teacher(config, load(config.data).spec, torch.device("cpu"))
+        assert teacher is not None
+        said = teacher(images())
+        assert said.dtype is torch.float32
+        assert torch.allclose(said, wanted, atol=precision)
+        assert torch.allclose(said, wanted, atol=1e-4) == (amp == "none"), "it computes in the precision of the training"
 
 
 def test_a_net_that_listens_to_the_teacher_alone_becomes_like_it(dense: Path, tmp_path: Path) -> None:

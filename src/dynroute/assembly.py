@@ -17,7 +17,7 @@ from dynroute.backbones import Backbone, BackboneOptions, Cascade, make_backbone
 from dynroute.config import Config, from_text, load_config
 from dynroute.contracts import InputError
 from dynroute.data import Dataset, DataSpec, known_spec, load
-from dynroute.fit import LAST, Teacher, load_checkpoint, load_tensors, load_weights
+from dynroute.fit import LAST, Teacher, amp_dtype, load_checkpoint, load_tensors, load_weights
 from dynroute.net import RoutedNet
 from dynroute.provenance import processors
 from dynroute.routers.static import StaticOptions
@@ -59,7 +59,10 @@ def _checkpoint(path: Path) -> Path:
 
 
 def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teacher | None:
-    """The net of optim.teacher, ready to be asked: a static run as it is, any other with all parts. Raises InputError."""
+    """The net of optim.teacher, ready to be asked: a static run as it is, any other with all parts. Raises InputError.
+
+    It computes in the precision of the training (optim.amp); its logits are fp32.
+    """
     name = config.optim.teacher
     if not name:
         return None
@@ -78,10 +81,12 @@ def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teache
     else:
         net = dense_twin(config, spec, weights=str(path))
         static = True
+    kind = amp_dtype(config.optim.amp, device) or torch.float32
+    net.backbone.to(kind)
     fast = FastNet(net.to(device))
 
     def asked(x_BCHW: torch.Tensor) -> torch.Tensor:
-        return fast(x_BCHW, None if static else net.dense_routes(len(x_BCHW))).logits_BK
+        return fast(x_BCHW.to(kind), None if static else net.dense_routes(len(x_BCHW))).logits_BK.float()
 
     return asked
 

@@ -110,6 +110,10 @@ class Router(nn.Module):
 
     def choose(self, u: int, x_BCHW: Tensor, journey: Journey) -> tuple[Decision, Journey]:
         """decide() for each group of images, put together in their order, and lowered where the limit asks for it."""
+        if journey.spent is None and journey.groups[0][0] is None:  # one price for all, which is the router's own
+            _, setting, state = journey.groups[0]
+            decision, after = self.decide(u, x_BCHW, state)
+            return decision, Journey(((None, setting, after),), None)
         decided, groups = [], []
         for rows, setting, state in journey.groups:
             with _standing(self, setting):
