@@ -29,7 +29,7 @@ def agent(specs: list[UnitSpec], seed: int = 0, **options: Any) -> QRouter:
     router = QRouter(specs, RnpOptions(hidden=16, **options))
     shake(router)
     with torch.no_grad():
-        router.log_charge_K += 0.3 * torch.rand_like(router.log_charge_K)
+        router.charge_K += 0.3 * torch.rand_like(router.charge_K)
         for layer in (*router.agent.encoders, *router.agent.decoders):
             layer.weight.mul_(3)  # type: ignore[operator, union-attr]
     return router.eval()

@@ -26,8 +26,7 @@ SMALL = [*TINY, "data.train_images=150", "data.test_images=50", "optim.batch_siz
 LEARNED = ["router.hidden=8", "router.pretrain_epochs=0"]
 METHODS = {
     "dmnn": ["router.name=dmnn", "router.epochs=3"],
-    "opened": ["router.name=dmnn", "router.open_epochs=1", "router.epochs=2", "router.cooling=0.5",
-               "router.settled=0.25"],
+    "opened": ["router.name=dmnn", "router.open_epochs=1", "router.epochs=2", "router.cooling=0.5"],
     "rnp": ["router.name=rnp", *LEARNED, "router.widths_epochs=1", "router.rounds=2", "router.agent_epochs=2",
             "router.cnn_epochs=1"],
     "rnr": ["router.name=rnr", *LEARNED, "router.widths_epochs=1", "router.agent_epochs=1", "router.joint_epochs=2"],

@@ -272,24 +272,6 @@ def test_the_noise_falls_over_the_last_part_of_the_joint_training() -> None:
     assert net.router.noise == 1.0
 
 
-@pytest.mark.parametrize(("cooling", "noise"), [(0.5, [1.0, 1.0, 0.5, 0.0, 0.0]), (0.0, [1.0, 1.0, 1.0, 0.0, 0.0])])
-def test_settled_gates_learn_without_noise_at_the_end(cooling: float, noise: list[float]) -> None:
-    net = make_net("dmnn", "paths")
-    assert isinstance(net.router, GateRouter)
-    (joint,) = phases(net, DmnnOptions(cooling=cooling, settled=0.25))
-    assert joint.schedule is not None
-    seen = []
-    for done in (0.0, 0.25, 0.5, 0.75, 1.0):
-        joint.schedule(done)
-        seen.append(net.router.noise)
-    assert seen == noise
-
-
-def test_cooling_and_settled_share_the_joint_training() -> None:
-    with pytest.raises(InputError, match=r"router\.cooling and router\.settled"):
-        DmnnOptions(cooling=0.7, settled=0.5)
-
-
 def test_without_the_previous_state_there_is_no_w2() -> None:
     router = GateRouter(SPECS, DmnnOptions(previous=False)).eval()
     assert len(router.previous) == 0
@@ -315,7 +297,6 @@ def test_macs_by_hand_and_by_count(previous: bool) -> None:
         ("open_at_start", 1.0),
         ("open_epochs", -1),
         ("cooling", 1.5),
-        ("settled", 1.5),
     ],
 )
 def test_options_out_of_range(name: str, value: float) -> None:

@@ -46,7 +46,9 @@ def test_the_teacher_is_the_dense_net(kind: str, dense: Path, tmp_path: Path) ->
         said = teacher(images())
         assert said.dtype is torch.float32
         assert torch.allclose(said, wanted, atol=precision)
-        assert torch.allclose(said, wanted, atol=1e-4) == (amp == "none"), "it computes in the precision of the training"
+        assert torch.allclose(said, wanted, atol=1e-4) == (amp == "none"), (
+            "it computes in the precision of the training"
+        )
 
 
 def test_a_net_that_listens_to_the_teacher_alone_becomes_like_it(dense: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def make_backbone(
 
 
 def make_router(name: str, specs: Sequence[UnitSpec], superclasses: int = 0, **options: Any) -> Router:
-    """A router by its name in ROUTERS. Gates get weights large enough for routes to differ between images."""
+    """A router by its name in ROUTERS. Gates and Q-values get weights large enough for routes to differ between images."""
     method = ROUTERS[name]
     made = method.router(specs, method.options(**options), superclasses)
     if isinstance(made, GateRouter):
@@ -59,6 +59,10 @@ def make_router(name: str, specs: Sequence[UnitSpec], superclasses: int = 0, **o
             for gate in made.gates:
                 gate.weight.mul_(500)  # type: ignore[operator, union-attr]
                 gate.bias.zero_()  # type: ignore[operator, union-attr]
+    if isinstance(made, QRouter):
+        with torch.no_grad():
+            for decoder in made.agent.decoders:
+                decoder.weight.mul_(5)  # type: ignore[operator, union-attr]
     return made
 
 

@@ -52,11 +52,7 @@ class DmnnOptions:
     """Epochs before them in which every part runs and the backbone alone learns, on the same curve of the learning rate:
     where epochs are few, gates drawn anew at every step make learning slow. Ours."""
     cooling: float = 0.0
-    """Part of the joint training over which the noise of the gates falls to none, as in eval mode, at its end or before
-    router.settled. Ours."""
-    settled: float = 0.0
-    """Part of the joint training, at its end, without any noise: what is left to learn is learned under the routes that will
-    be taken. Ours."""
+    """Part of the joint training, at its end, over which the noise of the gates falls to none, as in eval mode. Ours."""
     hidden: int = 32
     """Hidden size d of the controllers (paper: 32)."""
     norm: bool = False
@@ -97,9 +93,6 @@ class DmnnOptions:
         ranged("router.epochs", self.epochs, 0, 100_000)
         ranged("router.open_epochs", self.open_epochs, 0, 100_000)
         ranged("router.cooling", self.cooling, 0.0, 1.0)
-        ranged("router.settled", self.settled, 0.0, 1.0)
-        if self.cooling + self.settled > 1.0:
-            raise InputError("router.cooling and router.settled are parts of the joint training: at most 1 together")
         ranged("router.hidden", self.hidden, 1, 65_536)
         ranged("router.resource_weight", self.resource_weight, 0.0, 1e6)
         ranged("router.temperature", self.temperature, 1e-3, 1e3)
@@ -316,17 +309,15 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         loss,
         router_scale=options.gate_lr,
         router_decay=options.gate_decay,
-        schedule=lambda done: cool(router, done, options),
+        schedule=lambda done: cool(router, done, options.cooling),
         target=None if options.resource == "flops" else asked,
         curve=(opened, 1.0),
     )
 
 
-def cool(router: GateRouter, done: float, options: DmnnOptions) -> None:
-    """Set the noise of the gates when `done` (0..1) of the joint training is over: 1, then falling to 0, then settled at 0."""
-    left = 1.0 - options.settled - done
-    falling = left / options.cooling if options.cooling else float(left > 0 or not options.settled)
-    router.noise = min(1.0, max(0.0, falling))
+def cool(router: GateRouter, done: float, cooling: float) -> None:
+    """Set the noise of the gates when `done` (0..1) of the joint training is over: 1, and 0 at its end if there is cooling."""
+    router.noise = min(1.0, (1.0 - done) / cooling) if cooling else 1.0
 
 
 def executed(out: Output, parts_U: Tensor) -> Tensor:

@@ -38,9 +38,14 @@ CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
 }
 GATES_OF = {"rnn": 1, "gru": 3, "lstm": 4}
 ALPHA_FROM = 20  # minibatches over which an automatic alpha is measured: 2,560 losses, 2 % (ours)
-FEEDBACK = 0.1  # step of log(charge) per minibatch and per share missed (ours)
+FEEDBACK = 0.1  # step of a charge, on the scale of `scaled`, per minibatch and per share missed (ours)
 FIRST_CHARGES = (0.3, 0.01)  # where the table starts, at its cheapest and its dearest budget (ours)
-CHARGES = (1e-3, 1.0)  # and what it never leaves
+CHARGES = (
+    -1.0,
+    1.0,
+)  # and what it never leaves: below zero what runs is paid for, where even no charge is too much (ours)
+SMALL = 2e-3  # charges well above it are spread by their logarithm, those around zero evenly (ours)
+USUAL = 4.0  # midway between the first charges on that scale: the agent is told how far from there its charge lies
 
 
 @dataclass
@@ -209,7 +214,7 @@ class QRouter(Router):
     train_only = ("slow",)
     pooled = True
     epsilon: float = 0.1
-    log_charge_K: Tensor
+    charge_K: Tensor
     loss_mean: Tensor
     loss_count: Tensor
 
@@ -226,8 +231,8 @@ class QRouter(Router):
         self.norms = nn.ModuleList(nn.BatchNorm1d(s.in_channels, affine=False) for s in specs)
         self.agent = Agent(specs, options.hidden, options.cell, self.told)
         self.slow = copy.deepcopy(self.agent).requires_grad_(False) if options.slow_target else None
-        first, last = (math.log(charge) for charge in FIRST_CHARGES)
-        self.register_buffer("log_charge_K", torch.linspace(first, last, KNOTS))
+        first, last = (math.asinh(charge / SMALL) for charge in FIRST_CHARGES)
+        self.register_buffer("charge_K", torch.linspace(first, last, KNOTS))  # of each budget, `scaled`
         self.register_buffer("loss_mean", torch.zeros(()))
         self.register_buffer("loss_count", torch.zeros(()))
         for u, spec in enumerate(specs):
@@ -318,9 +323,9 @@ class QRouter(Router):
 
         share_B: of the best actions. span: shares of the cheapest and the dearest route.
         """
-        low, high = (math.log(charge) for charge in CHARGES)
-        self.log_charge_K += FEEDBACK * (1 - self.epsilon) * self.range.overspent(asked_B, share_B, span)
-        self.log_charge_K.clamp_(low, high)
+        low, high = (math.asinh(charge / SMALL) for charge in CHARGES)
+        self.charge_K += FEEDBACK * (1 - self.epsilon) * self.range.overspent(asked_B, share_B, span)
+        self.charge_K.clamp_(low, high)
 
     def asked(self) -> tuple[float, float]:
         """(budget or charge given to the agent, charge on top per share), as the dial stands."""
@@ -329,13 +334,13 @@ class QRouter(Router):
         return self.range.dial(self.price, falls=self.options.budget is not None)
 
     def _charge(self, asked_B: Tensor) -> Tensor:
-        """The charge of each image: as drawn, or what its budget costs by the table (linear in log charge)."""
-        return self.range.read(self.log_charge_K, asked_B).exp() if self.options.budget else asked_B
+        """The charge of each image: as drawn, or what its budget costs by the table (linear on the scale of `scaled`)."""
+        return unscaled(self.range.read(self.charge_K, asked_B)) if self.options.budget else asked_B
 
     def told_of(self, state: Memory) -> Tensor:
-        """(B, 2): the charge (by its logarithm where a budget finds it), and the share that the unit before has run."""
+        """(B, 2): the charge (`scaled` where a budget finds it), and the share that the unit before has run."""
         charge_B = state.charge_B
-        told_B = charge_B.log10() + 1 if self.options.budget else self.range.place(charge_B) * 2 - 1
+        told_B = (scaled(charge_B) - USUAL) / 3 if self.options.budget else self.range.place(charge_B) * 2 - 1
         return torch.stack([told_B, state.ran_B], 1)
 
     def _padded(self, q_BA: Tensor) -> Tensor:
@@ -348,6 +353,16 @@ def _range(options: RnpOptions) -> Range:
     asked = options.budget or options.charge
     assert asked is not None
     return Range(asked[0], asked[-1])
+
+
+def scaled(charge: Tensor) -> Tensor:
+    """Charges on the scale of the table: nearly by their logarithm, on either side of zero."""
+    return torch.asinh(charge / SMALL)
+
+
+def unscaled(place: Tensor) -> Tensor:
+    """The charges at places on that scale."""
+    return torch.sinh(place) * SMALL
 
 
 def action_keeps(spec: UnitSpec) -> Tensor:
@@ -459,8 +474,8 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
             share_B = net.cost(router.keeps(out.trace.notes["greedy"])) / net.cost.dense
             router.correct_charges(out.trace.notes["asked"][:, 0], share_B.float(), span)
             terms |= {
-                "note_charge_low": router.log_charge_K[0].exp(),
-                "note_charge_high": router.log_charge_K[-1].exp(),
+                "note_charge_low": unscaled(router.charge_K[0]),
+                "note_charge_high": unscaled(router.charge_K[-1]),
             }
         router.follow()
         return terms
