@@ -40,10 +40,7 @@ GATES_OF = {"rnn": 1, "gru": 3, "lstm": 4}
 ALPHA_FROM = 20  # minibatches over which an automatic alpha is measured: 2,560 losses, 2 % (ours)
 FEEDBACK = 0.1  # step of a charge, on the scale of `scaled`, per minibatch and per share missed (ours)
 FIRST_CHARGES = (0.3, 0.01)  # where the table starts, at its cheapest and its dearest budget (ours)
-CHARGES = (
-    -1.0,
-    1.0,
-)  # and what it never leaves: below zero what runs is paid for, where even no charge is too much (ours)
+CHARGES = (-1.0, 1.0)  # and what it never leaves; below zero what runs is paid for, where no charge is too much (ours)
 SMALL = 2e-3  # charges well above it are spread by their logarithm, those around zero evenly (ours)
 USUAL = 4.0  # midway between the first charges on that scale: the agent is told how far from there its charge lies
 
