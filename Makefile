@@ -5,7 +5,7 @@
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
 # make bench   how fast skipping and training are on this machine
 # make pruned  filter pruning beside them (Torch-Pruning)   make shapes  is cost spent by difficulty?
-# make cifar100_small     DMNN and its controls, ResNet-20 on CIFAR-100: 12 rows of 15 to 55 minutes on one core
+# make cifar100_small     DMNN and its controls, ResNet-20 on CIFAR-100: 13 rows of 10 to 55 minutes on one core
 # make cifar100_resnet50  DMNN's CIFAR-100 table (a GPU)      make cifar100_ablation  its table 4 there (a GPU)
 # make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3
@@ -19,7 +19,7 @@ CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanill
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_40 rnp_60 rnp_80 dmnn_any dmnn_40 dmnn_60 dmnn_80
 SHAPES := dense widths rnr
 CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
-CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
+CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 EPOCHS ?= 60
 
 .PHONY: demo test lint check format slow coverage ablation budget cifar10 conv4 cifar100 \

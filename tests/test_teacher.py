@@ -38,7 +38,7 @@ def test_the_teacher_is_the_dense_net(kind: str, dense: Path, tmp_path: Path) ->
         "state dict": [f"optim.teacher={plain}"],
         "start": [f"backbone.weights={plain}", "optim.teacher=start"],
     }[kind]
-    wanted = restore(dense / "last.pt")[0].eval()(images()).logits_BK
+    wanted = restore(dense / "last.pt")[0].eval()(images()).logits_BK.detach()
     for amp, precision in (("none", 1e-4), ("bf16", 0.03 * float(wanted.abs().max()))):
         config = load_config(overrides=[*TINY, *SHORT_RNP, *keys, f"optim.amp={amp}"])
         teacher = make_teacher(config, load(config.data).spec, torch.device("cpu"))
