@@ -64,7 +64,7 @@ def test_the_stages_of_the_authors_recipe_follow_one_another(arrays: dict[str, P
 VANILLA = [path for name in ("cifar100", "conv4") for path in sorted((EXPERIMENTS / name).glob("vanilla_*.yaml"))]
 
 
-VANILLA += sorted((EXPERIMENTS / "cifar100" / "small").glob("static_*.yaml"))
+VANILLA += sorted((EXPERIMENTS / "cifar100" / "small").glob("static_[0-9]*.yaml"))
 
 
 @pytest.mark.parametrize("path", VANILLA, ids=lambda path: f"{path.parent.name}-{path.stem}")
