@@ -427,6 +427,18 @@ def test_the_charges_of_budgets_are_corrected_by_what_was_spent() -> None:
     assert bool((router._charge(asked)[:-1] > router._charge(asked)[1:]).all())
 
 
+def test_checkpoints_of_before_charges_had_a_sign_open_where_there_is_no_budget() -> None:
+    for options, opens in ((RnpOptions(hidden=4), True), (RnrOptions(hidden=4), False)):
+        router = QRouter([NESTED], options)
+        state = router.state_dict()
+        state["log_charge_K"] = state.pop("charge_K")
+        if opens:
+            router.load_state_dict(state)
+        else:
+            with pytest.raises(RuntimeError, match=r"Missing key.*charge_K"):
+                router.load_state_dict(state)
+
+
 def test_a_budget_that_no_charge_makes_true_is_paid_for() -> None:
     router = QRouter([NESTED], RnrOptions(hidden=4, budget=[0.2, 0.9])).train()
     router.epsilon = 0.0

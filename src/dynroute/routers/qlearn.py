@@ -20,7 +20,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -236,6 +236,13 @@ class QRouter(Router):
             self.register_buffer(f"keep_{u}", action_keeps(spec), persistent=False)
             self.register_buffer(f"cost_{u}", action_costs(spec, options.action_cost), persistent=False)
             self.register_buffer(f"share_{u}", action_costs(spec, "share"), persistent=False)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Checkpoints of before charges had a sign: without a budget their table was not used, with one it is missed."""
+        older = state.pop(f"{prefix}log_charge_K", None)
+        if older is not None and not self.options.budget:
+            state[f"{prefix}charge_K"] = self.charge_K
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def begin(self, x_BCHW: Tensor) -> Memory:
         """Zero state, and each image's budget or charge: drawn from the range in training, set by the dial in eval."""
