@@ -30,6 +30,7 @@ def agent(specs: list[UnitSpec], seed: int = 0, **options: Any) -> QRouter:
     shake(router)
     with torch.no_grad():
         router.charge_K += 0.3 * torch.rand_like(router.charge_K)
+        router.charge_K[-3:] *= -1  # dear budgets are paid for
         for layer in (*router.agent.encoders, *router.agent.decoders):
             layer.weight.mul_(3)  # type: ignore[operator, union-attr]
     return router.eval()

@@ -1,6 +1,7 @@
 """Twenty steps of every method on a fixed seed: a refactoring leaves these numbers, a change of them goes into the changelog.
 
-To renew them: `python tests/test_golden.py` prints the table. Processors with other vector instructions differ by up to 1e-4.
+To renew them: `python tests/test_golden.py` prints the table.
+Processors with other vector instructions differ by some 1e-4 of a loss.
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def test_rows_of_before_a_users_data_had_a_name_take_it_over(tmp_path: Path) -> 
     merge_eval(file, replace(before, flops_target=0.5, dataset="npz-flowers", config_hash="new"))
     assert [(row["dataset"], row["config_hash"]) for row in read_eval(file)] == [("npz-flowers", "new")] * 2
     merge_eval(file, replace(before, flops_target=0.6, dataset="npz-flowers", config_hash="newer"))
-    assert [row["config_hash"] for row in read_eval(file)] == ["new", "new", "newer"], (
+    merge_eval(file, replace(before, flops_target=0.7, dataset="npz-flowers-2", config_hash="other"))
+    assert [row["dataset"] for row in read_eval(file)] == [*["npz-flowers"] * 3, "npz-flowers-2"], "a name is no prefix"
+    assert [row["config_hash"] for row in read_eval(file)] == ["new", "new", "newer", "other"], (
         "of other configurations they stay"
     )
 

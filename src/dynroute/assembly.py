@@ -61,7 +61,7 @@ def _checkpoint(path: Path) -> Path:
 def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teacher | None:
     """The net of optim.teacher, ready to be asked: a static run as it is, any other with all parts. Raises InputError.
 
-    It computes in the precision of the training (optim.amp); its logits are fp32.
+    In bf16 training (optim.amp) its backbone is bf16 throughout, BatchNorms too; its logits are fp32.
     """
     name = config.optim.teacher
     if not name:
@@ -73,7 +73,7 @@ def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teache
     path = _checkpoint(Path(name))
     content = load_tensors(path)
     if isinstance(content, dict) and "format" in content:
-        net, trained, stored = restore(path)
+        net, trained, stored = restore(path, router=False)  # routes are given, or a static net's own
         classes = stored["meta"]["data"]["classes"]
         if classes != spec.classes:
             raise InputError(f"optim.teacher: {path} knows {classes} classes, the data have {spec.classes}")

@@ -16,6 +16,7 @@ from dynroute.contracts import InputError
 EVAL_FILE, TRAIN_FILE, ROUTES_FILE, ANSWERS_FILE = "eval.csv", "train.csv", "routes.csv", "control_answers.csv"
 BENCH_FILE, BUDGET_FILE, FORMS_FILE = "bench.csv", "budget.json", "forms.json"
 CLASSES_FILE, UNITS_FILE, IMAGES_FILE, IMAGES_FOLDER = "classes.csv", "units.csv", "images.csv", "images"
+UNNAMED = ("npz", "folder")  # what a user's own data were called before they went by their names
 SETTING = ("split", "flops_target", "flops_max", "checkpoint")  # columns that tell evaluations of a run apart
 
 
@@ -216,7 +217,7 @@ def merge_eval(path: Path, row: EvalRow) -> None:
     replaced = there if changed and not row.control else [r for r in there if r["control"] == row.control]
     named = {k: new[k] for k in ("dataset", "config_hash")}
     kept = [r for r in old if r not in replaced]
-    kept = [r | named if new["dataset"].startswith(f"{r['dataset']}-") else r for r in kept]
+    kept = [r | named if r["dataset"] in UNNAMED and new["dataset"].startswith(f"{r['dataset']}-") else r for r in kept]
     write_rows(path, [*kept, new], EVAL_COLUMNS)
 
 

@@ -40,7 +40,7 @@ GATES_OF = {"rnn": 1, "gru": 3, "lstm": 4}
 ALPHA_FROM = 20  # minibatches over which an automatic alpha is measured: 2,560 losses, 2 % (ours)
 FEEDBACK = 0.1  # step of a charge, on the scale of `scaled`, per minibatch and per share missed (ours)
 FIRST_CHARGES = (0.3, 0.01)  # where the table starts, at its cheapest and its dearest budget (ours)
-CHARGES = (-1.0, 1.0)  # and what it never leaves; below zero what runs is paid for, where no charge is too much (ours)
+CHARGES = (-1.0, 1.0)  # what the table never leaves; below zero, what runs is paid for (ours)
 SMALL = 2e-3  # charges well above it are spread by their logarithm, those around zero evenly (ours)
 USUAL = 4.0  # midway between the first charges on that scale: the agent is told how far from there its charge lies
 
@@ -238,9 +238,11 @@ class QRouter(Router):
             self.register_buffer(f"share_{u}", action_costs(spec, "share"), persistent=False)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Checkpoints of before charges had a sign: without a budget their table was not used, with one it is missed."""
+        """Checkpoints of before charges had a sign: without a budget their table was not used. Raises InputError with one."""
         older = state.pop(f"{prefix}log_charge_K", None)
-        if older is not None and not self.options.budget:
+        if older is not None:
+            if self.options.budget:
+                raise InputError("an agent of before charges could fall below zero, trained for budgets: train it anew")
             state[f"{prefix}charge_K"] = self.charge_K
         super()._load_from_state_dict(state, prefix, *rest)
 
