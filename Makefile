@@ -5,7 +5,7 @@
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
 # make bench   how fast skipping and training are on this machine
 # make pruned  filter pruning beside them (Torch-Pruning)   make shapes  is cost spent by difficulty?
-# make cifar100_small     DMNN and its controls, ResNet-20 on CIFAR-100: 13 rows of 10 to 55 minutes on one core
+# make cifar100_small     DMNN and its controls, ResNet-20 on CIFAR-100: 13 rows of 8 to 55 minutes on one core
 # make cifar100_resnet50  DMNN's CIFAR-100 table (a GPU)      make cifar100_ablation  its table 4 there (a GPU)
 # make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3

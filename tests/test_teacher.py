@@ -51,6 +51,33 @@ def test_the_teacher_is_the_dense_net(kind: str, dense: Path, tmp_path: Path) ->
         )
 
 
+def test_an_older_agent_with_a_budget_still_teaches_and_says_why_it_does_not_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    keys = [
+        "router.name=rnr",
+        "router.hidden=8",
+        "router.pretrain_epochs=0",
+        "router.widths_epochs=1",
+        "router.rounds=0",
+    ]
+    assert main(["train", *TINY, *keys, "router.joint_epochs=0", "--out", str(run)]) == 0
+    wanted = restore(run / "last.pt")[0].eval()
+    content = torch.load(run / "last.pt", weights_only=True)
+    content["model"]["router.log_charge_K"] = content["model"].pop("router.charge_K")
+    torch.save(content, run / "last.pt")
+    config = load_config(overrides=[*TINY, *SHORT_RNP, f"optim.teacher={run}", "optim.amp=none"])
+    teacher = make_teacher(config, load(config.data).spec, torch.device("cpu"))
+    assert teacher is not None
+    dense = wanted(images(), wanted.dense_routes(6)).logits_BK
+    assert torch.allclose(teacher(images()), dense, atol=1e-4)
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "last.pt" in said and "train it anew" in said
+
+
 def test_a_net_that_listens_to_the_teacher_alone_becomes_like_it(dense: Path, tmp_path: Path) -> None:
     start = [
         f"backbone.weights={dense}",

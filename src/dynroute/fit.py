@@ -402,6 +402,8 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load a state dict strictly. Raises InputError with the first misfit."""
     try:
         net.load_state_dict(state)
+    except InputError as error:
+        raise InputError(f"{path} was not loaded: {error}") from None
     except RuntimeError as error:
         reason = str(error).splitlines()[1:2] or [str(error)]
         raise InputError(f"{path} does not fit this architecture: {reason[0].strip()[:200]}") from None
