@@ -12,7 +12,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
-CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr rnr_40 rnr_60 multipath dmnn rnp
+CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 static28_40 static28_60 slimmable cascade_25_100 \
+  widths rnr rnr28 rnr_40 rnr_50 rnr_60 rnr_80 multipath dmnn rnp
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
