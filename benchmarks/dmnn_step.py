@@ -6,8 +6,8 @@ A block: the sub-blocks with random gates against the plain block (basic blocks:
 a whole training step (forward, backward, SGD) with the controllers against the static net's. The sides of a row run in
 turn in one process on one thread, so that drift hits all; figures are ratios of medians of thread CPU time. other_over_plain:
 the form not taken, of basic blocks the last convolutions as one grouped convolution, of bottlenecks without the covariance
-fold. bar: what over_plain is wanted to stay below. Rows go into benchmarks/results/dmnn_step.csv as they are measured, each in
-the place of an earlier one of its case.
+fold, or with it where the minibatch has too few pixels. bar: what over_plain is wanted to stay below. Rows go into
+benchmarks/results/dmnn_step.csv as they are measured, each in the place of an earlier one of its case.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from dynroute.units import (
     Place,
     Unit,
 )
+from dynroute.units.fold import LEAST
 
 RESULTS = Path(__file__).parent / "results" / "dmnn_step.csv"
 BARS = {"basic": 1.6, "bottleneck": 1.0, "inverted": 1.6}
@@ -107,7 +108,8 @@ def other(case: Case) -> Unit | None:
     if isinstance(paths, PathBasic):
         return GroupedLast(paths.place, paths.sizes)
     if isinstance(paths, PathBottleneck):
-        paths.fold = False
+        folds = case.batch * case.pixels**2 >= LEAST * sum(paths.sizes)
+        paths.fold = not folds
         return paths
     return None
 

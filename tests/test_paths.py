@@ -397,3 +397,21 @@ def test_the_covariance_fold_under_autocast_is_the_plain_form_but_for_rounding()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in unit.parameters())
         outputs.append(y.detach().float())
     assert torch.allclose(*outputs, atol=0.1, rtol=0.05)
+
+
+def test_the_fold_is_left_out_where_a_minibatch_has_few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = []
+    monkeypatch.setattr("dynroute.units.paths.folded_sum", lambda out, *rest: folded.append(len(out)) or 1 * out)
+    unit = bottleneck(16).train()
+    enough = -(-2 * sum(unit.sizes) // SIZE**2)
+    for images in (enough, enough - 1):
+        unit(torch.randn(images, unit.spec.in_channels, SIZE, SIZE))
+    assert folded == [enough] and enough > 1
+
+
+@pytest.mark.parametrize(("asked", "folds"), [("on", [True, True]), ("off", [False, False]), ("auto", [None, None])])
+def test_the_fold_can_be_asked_for_and_refused(asked: str, folds: list[bool | None]) -> None:
+    backbone = BACKBONES["resnet50_cifar"](CIFAR, BackboneOptions("resnet50_cifar", unit="paths", parts=2, fold=asked))
+    assert [backbone.routable[u].fold for u in (0, -1)] == folds
+    with pytest.raises(InputError, match="must be one of auto, on, off"):
+        BackboneOptions(fold="maybe")

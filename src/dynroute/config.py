@@ -32,6 +32,7 @@ CONFIG_FILE = "config.yaml"
 # configuration's hash, so that such rows keep theirs. An option added from now on belongs here.
 LATER: dict[str, dict[str, Any]] = {
     "data": {"superclasses": "auto", "flip": True},
+    "backbone": {"fold": "auto"},
     "router": {"open_epochs": 0, "cooling": 0.0},
 }
 

@@ -15,6 +15,7 @@ from dynroute.units import FORMS, RANKS, Unit, Weights, choice_sizes, even_split
 
 Kind = TypeVar("Kind")
 USUAL_PARTS = {"channels": 4, "paths": 2, "cascade": 16}
+FOLDS = {"auto": None, "on": True, "off": False}
 USUAL_WIDTHS = {"choice": [0.25, 0.5, 0.75, 1.0], "cascade": [0.25, 0.75]}
 
 
@@ -42,6 +43,9 @@ class BackboneOptions:
     parameters stay (paper: 0.6 for 2 parts, 0.467 for 3, 0.375 for 4). MobileNets have equal parts of the expansion."""
     path_least: int = 0
     """Fewest hidden channels of a sub-block (unit=paths): narrower ones are widened to it. Ours; 16 pays on processors."""
+    fold: str = "auto"
+    """Training sub-blocks of bottlenecks: their last 1x1 convolutions and BatchNorms as one product by the covariance fold (on),
+    one by one (off), or whichever form is likely faster for the minibatch (auto): they are the same function."""
     width: int = 0
     """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets, 64 for ImageNet's)."""
     shortcut: str = "A"
@@ -59,6 +63,8 @@ class BackboneOptions:
             raise InputError(f"backbone.shortcut must be A or B, not {self.shortcut!r}")
         if self.rank not in RANKS:
             raise InputError(f"backbone.rank must be one of {', '.join(RANKS)}, not {self.rank!r}")
+        if self.fold not in FOLDS:
+            raise InputError(f"backbone.fold must be one of {', '.join(FOLDS)}, not {self.fold!r}")
         if not 0 <= self.width <= 4096:
             raise InputError(f"backbone.width must lie between 0 and 4096, not {self.width}")
         if not 0 <= self.parts <= 4096:

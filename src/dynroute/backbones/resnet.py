@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dynroute.backbones.base import Backbone, BackboneOptions, initialise
+from dynroute.backbones.base import FOLDS, Backbone, BackboneOptions, initialise
 from dynroute.cost import conv_macs
 from dynroute.data import DataSpec
 from dynroute.units import (
@@ -84,7 +84,10 @@ class ResNet(Backbone):
             for i in range(blocks):
                 name, out, stride = f"layer{stage + 1}.{i}", hidden * layout.expansion, 2 if stage and not i else 1
                 place = Place(name, channels, out, stride, size, "B", stage + 1, len(layout.blocks))
-                self.units.append(make(place, sizes))
+                unit = make(place, sizes)
+                if isinstance(unit, PathBottleneck):
+                    unit.fold = FOLDS[options.fold]
+                self.units.append(unit)
                 channels, size = out, place.out_size
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, data.classes))
         self.fixed_macs += channels * data.classes

@@ -29,7 +29,7 @@ from dynroute.units.base import (
     tensors,
 )
 from dynroute.units.dealing import copies, dealt, shared_out, taken, thinned
-from dynroute.units.fold import folded_sum, forked_pointwise
+from dynroute.units.fold import fold_pays, folded_sum, forked_pointwise
 from dynroute.units.ranking import best_first
 
 FITTED = {2: 0.6, 3: 0.467, 4: 0.375}  # of a bottleneck's hidden channels: give the parameters of the paper's table 1
@@ -51,7 +51,7 @@ class PathBottleneck(Unit):
     """
 
     expansion = 4
-    fold = True  # the last BatchNorms by `folded_sum` in training; the same numbers, fewer of them
+    fold: bool | None = None  # the last BatchNorms by `folded_sum` in training, the same function; None: where it pays
     additive = True
 
     def __init__(self, place: Place, sizes: list[int]) -> None:
@@ -75,7 +75,7 @@ class PathBottleneck(Unit):
         u = F.relu_(self.bn1(u))
         parts = zip(u.split(self.sizes, 1), self.conv2, strict=True)
         u = F.relu_(self.bn2(torch.cat([conv(part) for part, conv in parts], 1)))
-        if self.training and self.fold:
+        if self.training and (fold_pays(u) if self.fold is None else self.fold):
             return F.relu_(folded_sum(self.shortcut(x_BCHW), u, self.conv3, self.bn3, keep_BG))
         return F.relu_(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv3, self.bn3, keep_BG))
 
@@ -164,7 +164,6 @@ class PathInverted(Unit):
     cost more than outputs (`benchmarks/dmnn_step.py`).
     """
 
-    fold = True  # as for bottlenecks
     additive = True
 
     def __init__(self, place: Place, sizes: list[int]) -> None:
