@@ -11,13 +11,12 @@ the paper and its authors' code state. `rnr` differs by its options, all ours: t
 multiply-adds; for every image a budget is drawn and the charge that buys it is given to the agent, so that one agent
 serves every budget; the reward is measured against the teacher's own loss on that image, which changes no decision and
 takes away most of the noise; returns reach back faster (lambda); and agent and CNN end by learning together.
-B images, U units, A actions, D hidden size, K knots of the price table.
+B images, U units, A actions, D hidden size, K knots of the table of charges.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
+from dynroute.routers import charges
 from dynroute.routers.base import Net, Phase, Router, classification_loss, cross_entropy, ranged, stacked
-from dynroute.routers.budget import KNOTS, Range, check_budget
+from dynroute.routers.budget import Range, check_budget
 from dynroute.routers.deployed import DeployedAgent
 
 CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
@@ -38,11 +38,6 @@ CELLS: dict[str, Callable[[int, int], nn.RNNCellBase]] = {
 }
 GATES_OF = {"rnn": 1, "gru": 3, "lstm": 4}
 ALPHA_FROM = 20  # minibatches over which an automatic alpha is measured: 2,560 losses, 2 % (ours)
-FEEDBACK = 0.1  # step of a charge, on the scale of `scaled`, per minibatch and per share missed (ours)
-FIRST_CHARGES = (0.3, 0.01)  # where the table starts, at its cheapest and its dearest budget (ours)
-CHARGES = (-1.0, 1.0)  # what the table never leaves; below zero, what runs is paid for (ours)
-SMALL = 2e-3  # charges well above it are spread by their logarithm, those around zero evenly (ours)
-USUAL = 4.0  # midway between the first charges on that scale: the agent is told how far from there its charge lies
 
 
 @dataclass
@@ -228,8 +223,7 @@ class QRouter(Router):
         self.norms = nn.ModuleList(nn.BatchNorm1d(s.in_channels, affine=False) for s in specs)
         self.agent = Agent(specs, options.hidden, options.cell, self.told)
         self.slow = copy.deepcopy(self.agent).requires_grad_(False) if options.slow_target else None
-        first, last = (math.asinh(charge / SMALL) for charge in FIRST_CHARGES)
-        self.register_buffer("charge_K", torch.linspace(first, last, KNOTS))  # of each budget, `scaled`
+        self.register_buffer("charge_K", charges.first_table())  # of each budget, on the scale of `charges`
         self.register_buffer("loss_mean", torch.zeros(()))
         self.register_buffer("loss_count", torch.zeros(()))
         for u, spec in enumerate(specs):
@@ -329,9 +323,7 @@ class QRouter(Router):
 
         share_B: of the best actions. span: shares of the cheapest and the dearest route.
         """
-        low, high = (math.asinh(charge / SMALL) for charge in CHARGES)
-        self.charge_K += FEEDBACK * (1 - self.epsilon) * self.range.overspent(asked_B, share_B, span)
-        self.charge_K.clamp_(low, high)
+        charges.correct(self.charge_K, self.range.overspent(asked_B, share_B, span), 1 - self.epsilon)
 
     def asked(self) -> tuple[float, float]:
         """(budget or charge given to the agent, charge on top per share), as the dial stands."""
@@ -340,13 +332,13 @@ class QRouter(Router):
         return self.range.dial(self.price, falls=self.options.budget is not None)
 
     def _charge(self, asked_B: Tensor) -> Tensor:
-        """The charge of each image: as drawn, or what its budget costs by the table (linear on the scale of `scaled`)."""
-        return unscaled(self.range.read(self.charge_K, asked_B)) if self.options.budget else asked_B
+        """The charge of each image: as drawn, or what its budget costs by the table (linear on its scale)."""
+        return charges.unscaled(self.range.read(self.charge_K, asked_B)) if self.options.budget else asked_B
 
     def told_of(self, state: Memory) -> Tensor:
-        """(B, 2): the charge (`scaled` where a budget finds it), and the share that the unit before has run."""
+        """(B, 2): the charge (as `charges.told` where a budget finds it), and the share that the unit before has run."""
         charge_B = state.charge_B
-        told_B = (scaled(charge_B) - USUAL) / 3 if self.options.budget else self.range.place(charge_B) * 2 - 1
+        told_B = charges.told(charge_B) if self.options.budget else self.range.place(charge_B) * 2 - 1
         return torch.stack([told_B, state.ran_B], 1)
 
     def _padded(self, q_BA: Tensor) -> Tensor:
@@ -359,16 +351,6 @@ def _range(options: RnpOptions) -> Range:
     asked = options.budget or options.charge
     assert asked is not None
     return Range(asked[0], asked[-1])
-
-
-def scaled(charge: Tensor) -> Tensor:
-    """Charges on the scale of the table: nearly by their logarithm, on either side of zero."""
-    return torch.asinh(charge / SMALL)
-
-
-def unscaled(place: Tensor) -> Tensor:
-    """The charges at places on that scale."""
-    return torch.sinh(place) * SMALL
 
 
 def action_keeps(spec: UnitSpec) -> Tensor:
@@ -480,8 +462,8 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
             share_B = net.cost(router.keeps(out.trace.notes["greedy"])) / net.cost.dense
             router.correct_charges(out.trace.notes["asked"][:, 0], share_B.float(), span)
             terms |= {
-                "note_charge_low": unscaled(router.charge_K[0]),
-                "note_charge_high": unscaled(router.charge_K[-1]),
+                "note_charge_low": charges.unscaled(router.charge_K[0]),
+                "note_charge_high": charges.unscaled(router.charge_K[-1]),
             }
         router.follow()
         return terms
