@@ -149,9 +149,9 @@ def train(
         return
     planned = runs.seeded(settings, numbers, out) if numbers else [(settings, out or Path("runs") / settings.name)]
     for each, folder in planned:
-        print(f"training {each.router_name} on {each.data.name}, into {folder}")
-        with Progress() as progress:
-            runs.train(each, folder, resume=resume, listener=progress.hear)
+        title = f"training {each.router_name} on {each.data.name}, into {folder}"
+        with Progress(title) as progress:
+            runs.train(each, folder, resume=resume, begun=progress.begin, listener=progress.hear)
         print(f"done: dynroute eval {folder} --flops-target 0.5")
 
 

@@ -45,7 +45,8 @@ class Status:
 class Progress:
     """Rich bars on a terminal; elsewhere a plain line for each epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
+        self.title = title
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -66,13 +67,16 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
+    def begin(self) -> None:
+        """Say what is trained; not before it is known to be possible, so that what is refused gives one line."""
+        self._say(self.title)
+
     def hear(self, step: Step) -> None:
         """A minibatch is done; a row ends an epoch."""
         name = f"{step.phase} {step.epoch}/{step.epochs}"
         if self.bar:
             done, total = (step.epoch - 1) * step.steps + step.step, step.epochs * step.steps
             self.bar.update(self.task, description=name, completed=done, total=total, loss=f"loss {step.loss:.3f}")
-        say = self.bar.console.print if self.bar else print
         if step.row:
             row = step.row
             learned = f"loss {row['loss']:.3f}, calibration top-1 {row['calib_top1']:.3f}"
@@ -80,9 +84,12 @@ class Progress:
             if row["calib_routes"] > 1 or step.remarks:  # a static net has nothing to watch
                 fixed = f"{row['calib_always_on']} parts always on, {row['calib_never_on']} never"
                 routed += f", {row['calib_routes']} routes, entropy {row['calib_entropy']:.2f}, {fixed}"
-            say(f"{name}: {learned}, {routed}, {row['images_per_s']:.0f} img/s")
+            self._say(f"{name}: {learned}, {routed}, {row['images_per_s']:.0f} img/s")
         for remark in step.remarks:
-            say(f"{name}: note: {remark}")
+            self._say(f"{name}: note: {remark}")
+
+    def _say(self, text: str) -> None:
+        (self.bar.console.print if self.bar else print)(text)
         sys.stdout.flush()
 
 

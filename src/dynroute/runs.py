@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,18 @@ from dynroute.records import nearest, write_text
 LOG_FILE = "log.txt"
 
 
-def train(config: Config, folder: Path, *, resume: bool = False, listener: Listener = lambda step: None) -> RoutedNet:
-    """Train a configuration into a run folder. Raises InputError if the folder holds a run and resume is not asked for."""
+def train(
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool = False,
+    begun: Callable[[], None] = lambda: None,
+    listener: Listener = lambda step: None,
+) -> RoutedNet:
+    """Train a configuration into a run folder. Raises InputError if the folder holds a run and resume is not asked for.
+
+    begun: called once all that is asked for has been read and found to be right.
+    """
     if (folder / LAST).exists():
         _check_resumable(config, folder, resume)
     elif folder.exists() and any(file.name not in (CONFIG_FILE, LOG_FILE) for file in folder.iterdir()):
@@ -44,6 +55,7 @@ def train(config: Config, folder: Path, *, resume: bool = False, listener: Liste
     phases = list(config.method.phases(net, config.router))  # before anything is written: they may refuse
     write_text(folder / CONFIG_FILE, config.yaml(comments=True))
     log = _log(folder)
+    begun()
     log.info("dynroute %s torch %s %s commit %s", __version__, torch.__version__, machine(device), commit())
     log.info("%s: %s on %s, config %s", config.name, config.router_name, config.data.label, config.hash())
 
