@@ -37,7 +37,8 @@ def test_wrong_seeds_are_an_input_error(text: str) -> None:
 def test_the_command_trains_each_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[int, str, bool]] = []
 
-    def train(config, folder, *, resume, listener):  # type: ignore[no-untyped-def]
+    def train(config, folder, *, resume, begun, listener):  # type: ignore[no-untyped-def]
+        begun()
         trained.append((config.top.seed, folder.name, resume))
 
     monkeypatch.setattr(runs, "train", train)
