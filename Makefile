@@ -83,12 +83,14 @@ endef
 
 cifar10: .venv/ready
 	$(call rows,cifar10,$(CIFAR10),0.4 0.5 0.6 0.8)
+	$(BIN)/python experiments/easy_is_cheap.py runs/cifar10/rnr runs/cifar10/given --out experiments/results/cifar10_easy.csv
 	@$(MAKE) table
 
 # RNR for longer, for any budget and for each, from `widths` of cifar10, and static nets trained as long by the same teacher.
 cifar10_long: .venv/ready
-	$(BIN)/dynroute train -c experiments/cifar10/widths.yaml data.path=$(DATA) --out runs/cifar10/widths --resume
+	$(call rows,cifar10,given widths)
 	$(call rows,cifar10_long,$(CIFAR10_LONG),0.4 0.5 0.6 0.8)
+	$(BIN)/python experiments/easy_is_cheap.py runs/cifar10_long/rnr28 runs/cifar10/given --out experiments/results/cifar10_long_easy.csv
 	@$(MAKE) table
 
 # Each row as trained and, at one cost for all, by the dial at 0.7; a run resumes where it was stopped.

@@ -41,7 +41,7 @@ from dynroute.units import (
     Place,
     Unit,
 )
-from dynroute.units.fold import LEAST
+from dynroute.units.fold import fold_pays
 
 RESULTS = Path(__file__).parent / "results" / "dmnn_step.csv"
 BARS = {"basic": 1.6, "bottleneck": 1.0, "inverted": 1.6}
@@ -108,8 +108,7 @@ def other(case: Case) -> Unit | None:
     if isinstance(paths, PathBasic):
         return GroupedLast(paths.place, paths.sizes)
     if isinstance(paths, PathBottleneck):
-        folds = case.batch * case.pixels**2 >= LEAST * sum(paths.sizes)
-        paths.fold = not folds
+        paths.fold = not fold_pays(case.batch * case.pixels**2, sum(paths.sizes))
         return paths
     return None
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from conftest import METHODS, TINY, tree
 from dynroute import cli, plugins
+from dynroute.assembly import build, dataset, restore
 from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.contracts import InputError
@@ -108,6 +113,25 @@ def test_resume_needs_no_configuration(tmp_path: Path, runs: dict[str, Path], ca
     out, _ = said(capsys, "train", "--resume", "--out", tmp_path / "run")
     assert out.startswith("training rnp on shapes")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before, "a finished run is left as it is"
+
+
+def test_a_folder_whose_name_holds_brackets_is_named_as_it_is_on_a_terminal() -> None:
+    progress, heard = cli.Progress("training rnp on shapes, into runs/[a]/[/b]"), io.StringIO()
+    progress.bar = SimpleNamespace(console=Console(file=heard, force_terminal=True, color_system=None, width=20))
+    progress.begin()
+    assert heard.getvalue() == progress.title + "\n"
+
+
+def test_weights_of_a_run_are_taken_as_they_are_whatever_form_it_was_trained_in(
+    tmp_path: Path, runs: dict[str, Path]
+) -> None:
+    trained = load_config(runs["dmnn"] / "config.yaml")
+    spec = dataset(trained).spec
+    want = restore(runs["dmnn"] / "last.pt")[0].backbone.state_dict()
+    for key in ("fold=never", "fold=always"):
+        words = [f"backbone.{key}", f"backbone.weights={runs['dmnn']}"]
+        found = build(load_config(runs["dmnn"] / "config.yaml", words), spec).backbone.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in want.items())
 
 
 def test_a_loss_that_explodes_is_status_1_and_one_line(tmp_path: Path, capfd: Capture) -> None:

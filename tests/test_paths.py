@@ -409,9 +409,11 @@ def test_the_fold_is_left_out_where_a_minibatch_has_few_pixels(monkeypatch: pyte
     assert folded == [enough] and enough > 1
 
 
-@pytest.mark.parametrize(("asked", "folds"), [("on", [True, True]), ("off", [False, False]), ("auto", [None, None])])
+@pytest.mark.parametrize(
+    ("asked", "folds"), [("always", [True, True]), ("never", [False, False]), ("auto", [None, None])]
+)
 def test_the_fold_can_be_asked_for_and_refused(asked: str, folds: list[bool | None]) -> None:
     backbone = BACKBONES["resnet50_cifar"](CIFAR, BackboneOptions("resnet50_cifar", unit="paths", parts=2, fold=asked))
     assert [backbone.routable[u].fold for u in (0, -1)] == folds
-    with pytest.raises(InputError, match="must be one of auto, on, off"):
+    with pytest.raises(InputError, match="must be one of auto, always, never"):
         BackboneOptions(fold="maybe")

@@ -207,6 +207,7 @@ def test_wrong_input_is_one_line_and_status_2(
     assert (status, err.count("\n"), shown) == (2, 1, []), err
     assert err.startswith("dynroute: ")
     assert says in err
+    assert "Traceback" not in err
     assert out == ""
     assert tree(place) == before
     assert not (place / "pwned").exists()

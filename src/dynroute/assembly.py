@@ -46,8 +46,9 @@ def _start(backbone: Backbone, options: BackboneOptions) -> None:
     content = load_tensors(path)
     if isinstance(content, dict) and "format" in content:
         source, config, _ = restore(path, router=False)
+        apart = {key: getattr(options, key) for key in ("weights", "rank", "fold")}  # which say nothing of the form
         dense = config.router_name == "static" and config.router.width == 1.0
-        if not dense and dataclasses.replace(config.backbone, weights=options.weights, rank=options.rank) == options:
+        if not dense and dataclasses.replace(config.backbone, **apart) == options:
             load_weights(backbone, source.backbone.state_dict(), path)
             return
     backbone.load_dense(dense_state(path), options.rank)

@@ -89,7 +89,10 @@ class Progress:
             self._say(f"{name}: note: {remark}")
 
     def _say(self, text: str) -> None:
-        (self.bar.console.print if self.bar else print)(text)
+        if self.bar:
+            self.bar.console.print(text, markup=False, soft_wrap=True)  # a folder's name may hold brackets
+        else:
+            print(text)
         sys.stdout.flush()
 
 

@@ -15,7 +15,7 @@ from dynroute.units import FORMS, RANKS, Unit, Weights, choice_sizes, even_split
 
 Kind = TypeVar("Kind")
 USUAL_PARTS = {"channels": 4, "paths": 2, "cascade": 16}
-FOLDS = {"auto": None, "on": True, "off": False}
+FOLDS = {"auto": None, "always": True, "never": False}
 USUAL_WIDTHS = {"choice": [0.25, 0.5, 0.75, 1.0], "cascade": [0.25, 0.75]}
 
 
@@ -44,8 +44,8 @@ class BackboneOptions:
     path_least: int = 0
     """Fewest hidden channels of a sub-block (unit=paths): narrower ones are widened to it. Ours; 16 pays on processors."""
     fold: str = "auto"
-    """Training sub-blocks of bottlenecks: their last 1x1 convolutions and BatchNorms as one product by the covariance fold (on),
-    one by one (off), or whichever form is likely faster for the minibatch (auto): they are the same function."""
+    """Training sub-blocks of bottlenecks: their last 1x1 convolutions and BatchNorms as one product by the covariance fold
+    (always), one by one (never), or whichever form is likely faster for the minibatch (auto): they are the same function."""
     width: int = 0
     """Channels of the first stage, which later stages double; 0: the net's own (16 for CIFAR ResNets, 64 for ImageNet's)."""
     shortcut: str = "A"

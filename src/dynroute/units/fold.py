@@ -19,9 +19,12 @@ LEAST = 2  # pixels of a minibatch for each hidden channel, from which on the fo
 PIECE = 2**18  # numbers of a map that are multiplied and summed up in one go on a processor (ours)
 
 
-def fold_pays(u_BCHW: Tensor) -> bool:
-    """Whether the fold is likely faster than the plain form: its work on weights is the same however few the pixels."""
-    return u_BCHW.numel() >= LEAST * u_BCHW.shape[1] ** 2
+def fold_pays(pixels: int, channels: int) -> bool:
+    """Whether the fold is likely faster than the plain form: its work on weights is the same however few the pixels.
+
+    pixels: of the whole minibatch. channels: hidden ones of all sub-blocks.
+    """
+    return pixels >= LEAST * channels
 
 
 def forked_pointwise(x_BIHW: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,8 @@ class PathBottleneck(Unit):
         u = F.relu_(self.bn1(u))
         parts = zip(u.split(self.sizes, 1), self.conv2, strict=True)
         u = F.relu_(self.bn2(torch.cat([conv(part) for part, conv in parts], 1)))
-        if self.training and (fold_pays(u) if self.fold is None else self.fold):
+        channels = u.shape[1]
+        if self.training and (fold_pays(u.numel() // channels, channels) if self.fold is None else self.fold):
             return F.relu_(folded_sum(self.shortcut(x_BCHW), u, self.conv3, self.bn3, keep_BG))
         return F.relu_(gated_sum(self.shortcut(x_BCHW), u.split(self.sizes, 1), self.conv3, self.bn3, keep_BG))
 
