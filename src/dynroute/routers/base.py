@@ -102,6 +102,8 @@ class Router(nn.Module):
             other_B = takes_other(x_BCHW, self.setting.part)
             split = ((~other_B, self.setting.price), (other_B, self.setting.other))
             groups = [(own_B.nonzero()[:, 0], Setting(price)) for own_B, price in split if own_B.any()]
+            if len(groups) == 1:  # as for an image alone
+                groups = [(None, groups[0][1])]
         begun = []
         for rows, setting in groups:
             with _standing(self, setting):
@@ -110,10 +112,12 @@ class Router(nn.Module):
 
     def choose(self, u: int, x_BCHW: Tensor, journey: Journey) -> tuple[Decision, Journey]:
         """decide() for each group of images, put together in their order, and lowered where the limit asks for it."""
-        if journey.spent is None and journey.groups[0][0] is None:  # one price for all, which is the router's own
+        if journey.spent is None and journey.groups[0][1] is self.setting:  # one price for all, which is the router's own
             _, setting, state = journey.groups[0]
             decision, after = self.decide(u, x_BCHW, state)
             return decision, Journey(((None, setting, after),), None)
+        if self.pooled and len(journey.groups) > 1:  # the images of each price: their means, not copies of their maps
+            x_BCHW = x_BCHW.mean((2, 3), keepdim=True, dtype=torch.float32)
         decided, groups = [], []
         for rows, setting, state in journey.groups:
             with _standing(self, setting):
