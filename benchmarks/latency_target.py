@@ -2,10 +2,10 @@
 
     python benchmarks/latency_target.py RUN ... [--times 5] [--seconds 5]
 
-For each run: `bench` at three shares; then times spread over what it found, or what that would be as fast as the dense net
-is now. Each is asked for as `eval --latency-target` does, and the net timed at the share that came of it; last, the very same
-net once more, which tells how far this machine lets any time be met. One image a call, one thread, its processor time. Writes
-benchmarks/results/latency_target.csv, a row for each time asked; other runs that stand there stay.
+For each run: `bench` at four shares across its range; then times spread over what it found, or what that would be as fast as
+the dense net is now. Each is asked for as `eval --latency-target` does, and the net timed at the share that came of it; last,
+the very same net once more, which tells how far this machine lets any time be met. One image a call, one thread, its processor
+time. Writes benchmarks/results/latency_target.csv, a row for each time asked; other runs that stand there stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dynroute.records import read_rows, write_rows
 from dynroute.timing import Request, bench_path
 
 FILE = Path(__file__).parent / "results" / "latency_target.csv"
-SHARES = [0.4, 0.6, 0.8]
+SHARES = 4
 COLUMNS = (
     "run",
     "method",
@@ -49,11 +49,11 @@ def timed(evaluator: Evaluator, point: Point, seconds: float) -> tuple[float, st
 
 
 def met(folder: Path, times: int, seconds: float) -> list[dict[str, Any]]:
-    """A row for each of so many times, evenly spread between those of the first and the last share."""
-    table = bench_path(folder, Request(targets=SHARES, seconds=seconds)).rows
+    """A row for each of so many times, evenly spread between those of the cheapest and the dearest share."""
+    evaluator = Evaluator.of(folder, device="cpu")
+    table = bench_path(folder, Request(targets=evaluator.targets(SHARES), seconds=seconds)).rows
     known = sorted(1e3 / row.images_per_s for row in table if row.mode == "skipping" and row.flops_target is not None)
     then = next(row.images_per_s for row in table if row.mode == "dense_best")
-    evaluator = Evaluator.of(folder, device="cpu")
     torch.set_num_threads(1)
     rows = []
     for place in range(times):

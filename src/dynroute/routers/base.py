@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, Setting, UnitSpec
 from dynroute.cost import NetCost
-from dynroute.routers.draws import draws, image_hash
+from dynroute.routers.draws import draw_each, draws, image_hash
 
 if TYPE_CHECKING:
     from dynroute.routers.limit import Limit, Spent
@@ -99,11 +99,9 @@ class Router(nn.Module):
         spent = self.limit.start(len(x_BCHW), x_BCHW.device) if self.limit else None
         groups: list[tuple[Tensor | None, Setting]] = [(None, self.setting)]
         if self.setting.part:
-            other_B = takes_other(x_BCHW, self.setting.part)
-            split = ((~other_B, self.setting.price), (other_B, self.setting.other))
-            groups = [(own_B.nonzero()[:, 0], Setting(price)) for own_B, price in split if own_B.any()]
-            if len(groups) == 1:  # as for an image alone
-                groups = [(None, groups[0][1])]
+            other = [draw < self.setting.part for draw in draw_each(image_hash(x_BCHW), MIXED)]
+            prices = {False: self.setting.price, True: self.setting.other}
+            groups = [(_places(other, side, x_BCHW.device), Setting(prices[side])) for side in sorted(set(other))]
         begun = []
         for rows, setting in groups:
             with _standing(self, setting):
@@ -112,8 +110,8 @@ class Router(nn.Module):
 
     def choose(self, u: int, x_BCHW: Tensor, journey: Journey) -> tuple[Decision, Journey]:
         """decide() for each group of images, put together in their order, and lowered where the limit asks for it."""
-        if journey.spent is None and journey.groups[0][1] is self.setting:  # one price for all, which is the router's own
-            _, setting, state = journey.groups[0]
+        _, setting, state = journey.groups[0]
+        if journey.spent is None and setting is self.setting:  # one price for all, which is the router's own
             decision, after = self.decide(u, x_BCHW, state)
             return decision, Journey(((None, setting, after),), None)
         if self.pooled and len(journey.groups) > 1:  # the images of each price: their means, not copies of their maps
@@ -147,6 +145,12 @@ def _standing(router: Router, setting: Setting) -> Iterator[None]:
         yield
     finally:
         del _HERE.settings[id(router)]
+
+
+def _places(sides: list[bool], side: bool, device: torch.device) -> Tensor | None:
+    """The places of one side; None: all of them, as for an image alone."""
+    places = [i for i, one in enumerate(sides) if one == side]
+    return None if len(places) == len(sides) else torch.tensor(places, device=device)
 
 
 def _of(x_BCHW: Tensor, rows: Tensor | None) -> Tensor:
