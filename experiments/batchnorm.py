@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from dynroute import plugins
 from dynroute.assembly import prepare, restore
+from dynroute.checkpoints import LAST
 from dynroute.contracts import InputError
 from dynroute.data import Dataset, limited, load, loader
-from dynroute.fit import LAST
 from dynroute.measure import evaluate
 from dynroute.net import RoutedNet
 from dynroute.provenance import commit, machine

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from dynroute.assembly import prepare, restore
 from dynroute.backbones import Backbone
+from dynroute.checkpoints import LAST
 from dynroute.contracts import Batch, InputError, Output, Trace, UnitSpec
 from dynroute.data import DataOptions, DataSpec, Split, load, loader
-from dynroute.fit import LAST
 from dynroute.net import RoutedNet, masked
 from dynroute.provenance import commit, machine
 from dynroute.records import write_rows

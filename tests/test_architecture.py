@@ -27,6 +27,8 @@ ROOMS = [
     "backbones",
     "routers",
     "net",
+    "checkpoints",
+    "optim",
     "skipping",
     "export",
     "measure",

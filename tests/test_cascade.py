@@ -23,9 +23,10 @@ from dynroute.cli import main
 from dynroute.contracts import Batch, InputError, spread
 from dynroute.data import DataSpec
 from dynroute.evaluation import Evaluator
-from dynroute.fit import OptimOptions, make_optimizers, set_modes
+from dynroute.fit import set_modes
 from dynroute.measure import evaluate, make_dial
 from dynroute.net import RoutedNet
+from dynroute.optim import OptimOptions, make_optimizers
 from dynroute.records import read_rows
 from dynroute.routers import ROUTERS, Phase, cross_entropy
 from dynroute.routers.cascade import log_odds

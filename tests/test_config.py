@@ -13,7 +13,7 @@ from dynroute.backbones import BackboneOptions
 from dynroute.config import LATER, TopOptions, describe_fields, field_sentences, from_text, load_config
 from dynroute.contracts import InputError
 from dynroute.data import DataOptions
-from dynroute.fit import OptimOptions
+from dynroute.optim import OptimOptions
 
 OPTIONS = [TopOptions, DataOptions, BackboneOptions, OptimOptions]
 OPTIONS += [plugins.find("router", name).options for name in plugins.names("router")]

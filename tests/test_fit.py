@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TINY
-from dynroute import assembly, runs
+from dynroute import assembly, checkpoints, runs
 from dynroute import fit as fit_room
+from dynroute.checkpoints import load_checkpoint
 from dynroute.config import Config, load_config
 from dynroute.contracts import Batch, InputError, Output
 from dynroute.data import Dataset, load
-from dynroute.fit import Diverged, OptimOptions, Step, fit, learning_curve, load_checkpoint, make_optimizers, set_modes
+from dynroute.fit import Diverged, Step, fit, set_modes
 from dynroute.net import RoutedNet
+from dynroute.optim import OptimOptions, amp_dtype, learning_curve, make_optimizers
 from dynroute.records import read_rows
 from dynroute.routers import Phase, cross_entropy
 
@@ -128,7 +130,7 @@ def test_killed_between_best_and_last_leaves_no_epoch_out(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, folder = config_of("dmnn"), tmp_path / "run"
-    write, written, both = fit_room.write_file, [], ("best.pt", "last.pt")
+    write, written, both = checkpoints.write_file, [], ("best.pt", "last.pt")
 
     def killed(path: Path, fill: Any) -> None:
         written.append(path.name)
@@ -139,7 +141,7 @@ def test_killed_between_best_and_last_leaves_no_epoch_out(
         write(path, fill)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_room, "write_file", killed)
+        patch.setattr(checkpoints, "write_file", killed)
         with pytest.raises(KeyboardInterrupt):
             runs.train(config, folder)
     runs.train(config, folder, resume=True)
@@ -444,8 +446,8 @@ def test_terms_of_the_loss_are_columns_that_add_up(whole: Path) -> None:
 
 @pytest.mark.parametrize(("wanted", "dtype"), [("bf16", torch.bfloat16), ("none", None)])
 def test_precision_is_what_was_asked_for(wanted: str, dtype: torch.dtype | None) -> None:
-    assert fit_room.amp_dtype(wanted, torch.device("cpu")) is dtype
-    assert fit_room.amp_dtype("auto", torch.device("cpu")) in (torch.bfloat16, None)
+    assert amp_dtype(wanted, torch.device("cpu")) is dtype
+    assert amp_dtype("auto", torch.device("cpu")) in (torch.bfloat16, None)
 
 
 def test_bf16_training_runs_and_repeats(tmp_path: Path) -> None:

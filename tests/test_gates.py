@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, InputError, Output, Trace, UnitSpec
-from dynroute.fit import OptimOptions, learning_curve, phase_curve
 from dynroute.net import RoutedNet
+from dynroute.optim import OptimOptions, learning_curve, phase_curve
 from dynroute.routers import Phase, cross_entropy
 from dynroute.routers.gates import (
     DmnnOptions,

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from dynroute.data import Dataset, Split
-from dynroute.fit import OptimOptions, fit
+from dynroute.fit import fit
 from dynroute.net import RoutedNet
+from dynroute.optim import OptimOptions
 from dynroute.routers import ROUTERS
 from tiny import SPEC, make_backbone
 

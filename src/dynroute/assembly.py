@@ -14,11 +14,13 @@ import torch
 
 from dynroute import plugins
 from dynroute.backbones import Backbone, BackboneOptions, Cascade, make_backbone
+from dynroute.checkpoints import LAST, load_checkpoint, load_tensors, load_weights
 from dynroute.config import Config, from_text, load_config
 from dynroute.contracts import InputError
 from dynroute.data import Dataset, DataSpec, known_spec, load
-from dynroute.fit import LAST, Teacher, amp_dtype, load_checkpoint, load_tensors, load_weights
+from dynroute.fit import Teacher
 from dynroute.net import RoutedNet
+from dynroute.optim import amp_dtype
 from dynroute.provenance import processors
 from dynroute.routers.static import StaticOptions
 from dynroute.skipping import FastNet

@@ -22,7 +22,7 @@ from dynroute import plugins
 from dynroute.backbones import BackboneOptions
 from dynroute.contracts import InputError, unknown
 from dynroute.data import DataOptions
-from dynroute.fit import OptimOptions
+from dynroute.optim import OptimOptions
 from dynroute.routers import Method, ranged
 
 CONFIG_FILE = "config.yaml"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynroute import __version__
 from dynroute.assembly import fingerprint
+from dynroute.checkpoints import LAST
 from dynroute.contracts import InputError, unknown
 from dynroute.data import DataSpec
 from dynroute.export import (
@@ -29,7 +30,6 @@ from dynroute.export import (
     possible_routes,
     session,
 )
-from dynroute.fit import LAST
 from dynroute.net import RoutedNet
 from dynroute.prediction import Trained, open_run
 from dynroute.provenance import commit

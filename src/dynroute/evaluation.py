@@ -21,12 +21,12 @@ from dynroute.calibration import (
     share_for_latency,
     write_budget,
 )
+from dynroute.checkpoints import BEST, LAST
 from dynroute.config import Config
 from dynroute.contracts import Batch, InputError, Setting
 from dynroute.controls import CONTROLS
 from dynroute.data import Dataset, limited, loader
 from dynroute.exhibits import write_images, write_names
-from dynroute.fit import BEST, LAST
 from dynroute.latency import latency_table
 from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet

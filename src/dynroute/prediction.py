@@ -13,10 +13,10 @@ import torch
 
 from dynroute.assembly import fingerprint, restore, trained_on
 from dynroute.calibration import Fit, read_budget, share_for_latency
+from dynroute.checkpoints import LAST
 from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec, loader, pictures
-from dynroute.fit import LAST
 from dynroute.latency import latency_table
 from dynroute.net import RoutedNet
 from dynroute.provenance import environment

@@ -22,9 +22,10 @@ from dynroute.assembly import (
     trained_as,
     untrained,
 )
+from dynroute.checkpoints import LAST, load_checkpoint
 from dynroute.config import CONFIG_FILE, Config
 from dynroute.contracts import InputError
-from dynroute.fit import LAST, Listener, Step, fit, load_checkpoint
+from dynroute.fit import Listener, Step, fit
 from dynroute.net import RoutedNet
 from dynroute.provenance import commit, machine
 from dynroute.records import nearest, write_text

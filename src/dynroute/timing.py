@@ -28,11 +28,11 @@ from dynroute.bench import (
     uniform_routes,
 )
 from dynroute.calibration import TOLERANCE
+from dynroute.checkpoints import LAST
 from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec
 from dynroute.evaluation import Evaluator
-from dynroute.fit import LAST
 from dynroute.net import RoutedNet
 from dynroute.provenance import bench_labels, environment, processors
 from dynroute.records import BENCH_FILE, FORMS_FILE, BenchRow, merge_bench, nearest
