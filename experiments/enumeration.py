@@ -36,7 +36,8 @@ from dynroute.data import DataOptions, DataSpec, Split, load, loader
 from dynroute.net import RoutedNet, masked
 from dynroute.provenance import commit, machine
 from dynroute.records import write_rows
-from dynroute.routers.qlearn import QRouter, RnpOptions, action_keeps, rewards, td_loss
+from dynroute.routers.qlearn import QRouter, RnpOptions, action_keeps
+from dynroute.routers.td import rewards, td_loss
 
 Route = tuple[int, ...]
 ROUTES = 1024  # more would not be tabled in memory

@@ -14,19 +14,8 @@ from dynroute.assembly import inference_parameters
 from dynroute.contracts import Advice, Batch, InputError, Output, Trace, UnitSpec
 from dynroute.net import RoutedNet
 from dynroute.routers.base import classification_loss, stacked
-from dynroute.routers.qlearn import (
-    QRouter,
-    RnpOptions,
-    RnrOptions,
-    action_costs,
-    action_keeps,
-    next_values,
-    phases,
-    random_widths,
-    rewards,
-    td_loss,
-    td_targets,
-)
+from dynroute.routers.qlearn import QRouter, RnpOptions, RnrOptions, action_costs, action_keeps, phases, random_widths
+from dynroute.routers.td import next_values, rewards, td_loss, td_targets
 from dynroute.testing import check_router
 from tiny import make_backbone, make_net, pictures
 
