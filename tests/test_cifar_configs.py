@@ -146,7 +146,6 @@ RESULTS = EXPERIMENTS / "results"
 OF_OTHER_OPTIONS = {  # made when the options were others; dmnn_70: before it set targets
     *(f"cifar10/{name}" for name in ("dense", "dmnn", "given", "rnp", "static_40", "static_60", "static_80")),
     *("shapes/rnr", "cifar100/small/dmnn_70"),
-    *(f"budget/{method}_{target}" for method in ("static", "rnp", "dmnn") for target in ("40", "60", "80", "any")),
 }
 
 
