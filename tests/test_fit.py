@@ -244,6 +244,14 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def test_a_checkpoint_cut_off_anywhere_is_called_broken(whole: Path, tmp_path: Path) -> None:
+    content = (whole / "dmnn" / "last.pt").read_bytes()
+    for length in (0, 500, 5000, len(content) // 2, len(content) - 1):  # 5000: torch itself raises an OSError
+        (tmp_path / "cut.pt").write_bytes(content[:length])
+        with pytest.raises(InputError, match=r"cut\.pt was not loaded: broken or truncated"):
+            load_checkpoint(tmp_path / "cut.pt")
+
+
 def test_a_failing_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, data, config = small("dmnn")
     phases = [Phase("joint", 1, ("backbone", "router"), cross_entropy)]

@@ -41,11 +41,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_tensors(path: Path) -> Any:
     """torch.load with weights_only=True, never otherwise. Raises InputError for a missing, torn or code-carrying file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on foreign pickles; what matters becomes the error below
-            return torch.load(path, map_location="cpu", weights_only=True)
+        file = path.open("rb")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on foreign pickles; what matters becomes the error below
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise a dozen types for broken or unsafe files
         what = f"broken or truncated ({type(error).__name__})"
         if "unsupported" in str(error).lower():
