@@ -2,9 +2,9 @@
 
     python experiments/budget_curves.py [experiments/results/budget] [--out FOLDER]
 
-Reads METHOD_any.csv, METHOD_40.csv, METHOD_60.csv, METHOD_80.csv and static_*.csv as `make budget` leaves them, and writes
-budget.csv (a row a point; any_vs_each: top-1 of METHOD_any less that of the net of the same target, in points of a percent),
-budget.png and budget.svg.
+Reads METHOD_any.csv, METHOD_any4.csv, METHOD_40.csv, METHOD_60.csv, METHOD_80.csv and static_*.csv as `make budget` leaves them,
+and writes budget.csv (a row a point; any_vs_each: top-1 of METHOD_any or METHOD_any4 less that of the net of the same target, in
+points of a percent), budget.png and budget.svg.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from dynroute.report.pictures.style import COLOURS, MARKERS, SHARE_AXIS, STYLE, 
 METHODS = {"dmnn": "DMNN", "rnp": "RNP"}
 TARGETS = (0.4, 0.6, 0.8)
 MIDDLE = 0.6  # of the net whose dial alone is turned
-SERIES = {"any": "one net for any budget", "each": "a net for each budget", "dial": f"the dial of the net for {MIDDLE}"}
+SERIES = {
+    "any": "one net for any budget",
+    "each": "a net for each budget",
+    "dial": f"the dial of the net for {MIDDLE}",
+    "any4": "one net, four budgets an image",
+}
+ANY = ("any", "any4")
 COLUMNS = ("method", "series", "run", "flops_target", "macs_share", "top1", "n", "any_vs_each")
 Point = dict[str, Any]
 
@@ -43,7 +49,8 @@ def points(folder: Path) -> list[Point]:
     for path in sorted(folder.glob("static_*.csv")):
         add("static", "static", rows_of(folder, path.stem))
     for method in METHODS:
-        add(method, "any", [r for r in rows_of(folder, f"{method}_any") if r["flops_target"] is not None])
+        for series in ANY:
+            add(method, series, [r for r in rows_of(folder, f"{method}_{series}") if r["flops_target"] is not None])
         for target in TARGETS:
             own = rows_of(folder, f"{method}_{100 * target:.0f}")
             add(method, "each", [r for r in own if r["flops_target"] == target])
@@ -52,7 +59,7 @@ def points(folder: Path) -> list[Point]:
     each = {(p["method"], p["flops_target"]): p["top1"] for p in made if p["series"] == "each"}
     for point in made:
         other = each.get((point["method"], point["flops_target"]))
-        if point["series"] == "any" and other is not None:
+        if point["series"] in ANY and other is not None:
             point["any_vs_each"] = round(100 * (point["top1"] - other), 4)
     return sorted(made, key=lambda p: (p["method"], p["series"], p["macs_share"]))
 
@@ -104,7 +111,7 @@ def main(words: list[str] | None = None) -> int:
         return 2
     for point in made:
         if point["any_vs_each"] is not None:
-            print(f"{point['method']} at {point['flops_target']:g}: {point['any_vs_each']:+.2f} points")
+            print(f"{point['run']} at {point['flops_target']:g}: {point['any_vs_each']:+.2f} points")
     for path in draw(made, out):
         print(path)
     return 0

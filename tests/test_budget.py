@@ -69,6 +69,48 @@ def test_a_budget_is_two_shares(budget: list[float]) -> None:
     check_budget(None)
 
 
+def test_an_image_that_runs_several_times_is_asked_once_in_each_stretch_of_the_range() -> None:
+    torch.manual_seed(0)
+    asked_PB = Range(0.3, 0.9).draw(40, torch.device("cpu"), 4).view(4, 10)
+    assert ((asked_PB - 0.3) / 0.6 * 4).floor().sort(0).values.tolist() == [[float(p)] * 10 for p in range(4)]
+    assert len({tuple(order) for order in asked_PB.argsort(0).T.tolist()}) > 3, "in an order of each image's own"
+    assert len(Range(0.3, 0.9).draw(7, torch.device("cpu"), 4)) == 7
+
+
+@pytest.mark.parametrize("name", ["dmnn", "rnp", "rnr"])
+def test_the_budgets_of_an_image_are_so_many_passes_whose_losses_add_up(name: str) -> None:
+    method = ROUTERS[name]
+
+    def loss_of(budgets: int) -> tuple[float, list[int], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        backbone = make_backbone(unit="paths" if name == "dmnn" else "channels")
+        learning = {} if name == "dmnn" else {"cnn_epochs": 0, "joint_epochs": 1}
+        options = method.options(budget=BUDGET, budgets_per_image=budgets, **learning)
+        net = RoutedNet(backbone, method.router(backbone.specs, options, 0))
+        made = list(method.phases(net, options))
+        told = batch(8).repeated(budgets)
+        out = net(told.images)
+        terms = made[-1].loss(out, told)
+        once = torch.nn.functional.cross_entropy(out.logits_BK, told.labels)
+        assert terms["loss_cls"].item() == pytest.approx(budgets * once.item(), rel=1e-5)
+        return len(told.labels), [phase.passes for phase in made if "router" in phase.trains], terms
+
+    images, passes, terms = loss_of(3)
+    assert images == 24 and set(passes) == {3}
+    assert set(loss_of(1)[1]) == {1}
+    if name == "dmnn":
+        assert float(terms["note_target_low"]) <= BUDGET[0] + SLACK, "what is only recorded is not added up"
+
+
+def test_several_budgets_an_image_need_a_range() -> None:
+    for name in ("dmnn", "rnp"):
+        with pytest.raises(InputError, match=r"budgets_per_image draws from router\.budget"):
+            ROUTERS[name].options(budgets_per_image=2)
+        for wrong in (0, 65):
+            with pytest.raises(InputError, match="budgets_per_image must lie"):
+                ROUTERS[name].options(budget=BUDGET, budgets_per_image=wrong)
+
+
 # --- gates ------------------------------------------------------------------------------------------------------
 
 

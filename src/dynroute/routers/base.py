@@ -266,6 +266,11 @@ def cross_entropy(out: Output, batch: Batch) -> dict[str, Tensor]:
     return {"loss_cls": classification_loss(out.logits_BK, batch).mean()}
 
 
+def added_up(terms: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
+    """Losses of a minibatch run several times, summed over the passes instead of averaged; notes stay what they are."""
+    return {name: value if name.startswith(NOTE) else value * passes for name, value in terms.items()}
+
+
 def ranged(path: str, value: float, low: float, high: float) -> None:
     """Raise InputError unless low <= value <= high (NaN never is)."""
     if not low <= value <= high:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dynroute.contracts import InputError
 
 KNOTS = 9
+MOST = 64  # budgets of an image in one step
 
 
 class Range(NamedTuple):
@@ -24,9 +25,17 @@ class Range(NamedTuple):
     low: float
     high: float
 
-    def draw(self, images: int, device: torch.device) -> Tensor:
-        """asked_B of a minibatch in training, uniform over the range."""
-        return self.low + (self.high - self.low) * torch.rand(images, device=device)
+    def draw(self, images: int, device: torch.device, passes: int = 1) -> Tensor:
+        """asked_B of a minibatch in training, uniform over the range.
+
+        passes: how many copies of the same images stand one after another; each image is then asked for one share in each of
+        as many equal stretches of the range, in an order of its own.
+        """
+        at_B = torch.rand(images, device=device)
+        if passes > 1:
+            stretch_PB = torch.rand(passes, -(-images // passes), device=device).argsort(0)
+            at_B = (stretch_PB.flatten()[:images] + at_B) / passes
+        return self.low + (self.high - self.low) * at_B
 
     def dial(self, price: float, falls: bool = True) -> tuple[float, float]:
         """(asked, price on top): the price moves what is asked within the range, and is charged outside beyond it.
@@ -61,7 +70,11 @@ class Range(NamedTuple):
         return (near_BK * missed_B.masked_fill(stuck_B, 0.0)[:, None]).sum(0) / near_BK.sum(0).clamp(min=1)
 
 
-def check_budget(budget: list[float] | None) -> None:
-    """Raise InputError unless router.budget is empty or [low, high]."""
+def check_budget(budget: list[float] | None, budgets: int = 1) -> None:
+    """Raise InputError unless router.budget is empty or [low, high], and router.budgets_per_image above 1 only with one."""
     if budget is not None and (len(budget) != 2 or not 0 < budget[0] < budget[1] <= 1):
         raise InputError(f"router.budget must be [low, high] with 0 < low < high <= 1, not {budget}")
+    if not 1 <= budgets <= MOST:
+        raise InputError(f"router.budgets_per_image must lie between 1 and {MOST}, not {budgets}")
+    if budgets > 1 and budget is None:
+        raise InputError("router.budgets_per_image draws from router.budget, which is empty")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, Trace, UnitSpec
-from dynroute.routers.base import Net, Phase, Router, cross_entropy, legal, ranged
+from dynroute.routers.base import Net, Phase, Router, added_up, cross_entropy, legal, ranged
 from dynroute.routers.budget import KNOTS, Range, check_budget
 from dynroute.routers.deployed import DeployedGates
 
@@ -46,6 +46,9 @@ class DmnnOptions:
     budget: list[float] | None = None
     """[low, high]: targets drawn from, image by image, and given to the controllers, so that one net serves every budget
     between; what is asked for is corrected until eval mode spends it. Empty: the one target. Ours."""
+    budgets_per_image: int = 1
+    """Budgets drawn for each image of a minibatch, spread over the range: the image runs once for each, in one step, and the
+    losses add up, as those of the widths of a slimmable net. Takes so many times as long. Ours."""
     epochs: int = 10
     """Epochs of joint training."""
     open_epochs: int = 0
@@ -81,7 +84,7 @@ class DmnnOptions:
         ranged("router.target", self.target, 0.01, 1.0)
         for target in self.targets:
             ranged("router.targets", target, 0.0, 1.0)
-        check_budget(self.budget)
+        check_budget(self.budget, self.budgets_per_image)
         if self.budget and (self.targets or self.target != TARGET):
             raise InputError("router.budget excludes router.target and router.targets: it draws targets from its range")
         if self.budget and self.open_at_start != OPEN_AT_START:
@@ -175,7 +178,8 @@ class GateRouter(Router):
         if self.range is None:
             return Memory()
         dialled_B = torch.full((len(x_BCHW),), self.asked()[0], device=x_BCHW.device)
-        asked_B = self.range.draw(len(x_BCHW), x_BCHW.device) if self.training else dialled_B
+        drawn = self.training
+        asked_B = self.range.draw(len(x_BCHW), x_BCHW.device, self.options.budgets_per_image) if drawn else dialled_B
         return Memory(None, asked_B, self.range.read(self.told_K, asked_B))
 
     def decide(self, u: int, x_BCHW: Tensor, state: Memory) -> tuple[Decision, Memory]:
@@ -262,6 +266,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
     weights_U = torch.tensor([category_weight(s) for s in specs])
     parts_U = torch.tensor([s.parts for s in specs])
     targets_U = torch.tensor(options.targets or [options.target] * len(specs))
+    passes = options.budgets_per_image
     if options.resource == "dmnn" and router.range is None:
         router.warn_of_two_targets(options.target, float(targets_U.mean()), span)
 
@@ -276,7 +281,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         """The resource loss of each group of images with similar targets, at the group's mean target; their mean."""
         told_B = out.trace.notes["told"][:, 0]
         losses = []
-        for group in told_B.argsort().tensor_split(GROUPS):
+        for group in told_B.argsort().tensor_split(GROUPS * passes):
             target = told_B[group].mean()
             part = Output(out.logits_BK, Trace(out.trace.keep_BUG[group], {}), out.macs_B[group])
             losses.append(resource(part, target, target.expand(len(specs))))
@@ -293,7 +298,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
             terms |= {"note_target_low": router.told_K[0].clone(), "note_target_high": router.told_K[-1].clone()}
         if "category" in notes and batch.superclasses is not None:
             terms["loss_category"] = category_loss(out, batch.superclasses, weights_U)
-        return terms
+        return added_up(terms, passes)
 
     # price 0, the trained point, stands in the middle of the range; the FLOPs term alone asks for no number of parts
     asked = router.range.dial(0.0)[0] if router.range else float(targets_U.mean())
@@ -310,6 +315,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         router_scale=options.gate_lr,
         router_decay=options.gate_decay,
         schedule=lambda done: cool(router, done, options.cooling),
+        passes=passes,
         target=None if options.resource == "flops" else asked,
         curve=(opened, 1.0),
     )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import Batch, Decision, InputError, Output, UnitSpec
 from dynroute.routers import charges
-from dynroute.routers.base import Net, Phase, Router, classification_loss, cross_entropy, ranged, stacked
+from dynroute.routers.base import Net, Phase, Router, added_up, classification_loss, cross_entropy, ranged, stacked
 from dynroute.routers.budget import Range, check_budget
 from dynroute.routers.deployed import DeployedAgent
 from dynroute.routers.td import rewards, td_loss
@@ -68,6 +68,9 @@ class RnpOptions:
     budget: list[float] | None = None
     """[low, high]: shares of the dense net's multiply-adds drawn from, image by image, instead of a charge; the charge that
     buys each share is found by feedback and given to the agent. Empty: off. Ours."""
+    budgets_per_image: int = 1
+    """Budgets drawn for each image of a minibatch, spread over the range: the image runs once for each, in one step, and the
+    losses add up, as those of the widths of a slimmable net. Takes so many times as long. Ours."""
     alpha: float = 0.0
     """Scale of the classification loss in the reward; 0: so that its mean is 1 (the paper), measured on the train split."""
     baseline: bool = False
@@ -132,7 +135,7 @@ class RnpOptions:
         c = self.charge
         if c is not None and (not 1 <= len(c) <= 2 or not all(0 <= x < 1e6 for x in c) or sorted(c) != c):
             raise InputError(f"router.charge must be [p] or [low, high], low <= high, none negative, not {c}")
-        check_budget(self.budget)
+        check_budget(self.budget, self.budgets_per_image)
 
 
 @dataclass
@@ -246,7 +249,7 @@ class QRouter(Router):
         images, device = len(x_BCHW), x_BCHW.device
         zero_BD = x_BCHW.new_zeros(images, self.options.hidden, dtype=torch.float32)
         if self.training and self.conditioned:
-            asked_B = self.range.draw(images, device)
+            asked_B = self.range.draw(images, device, self.options.budgets_per_image)
         else:
             asked_B = torch.full((images,), self.asked()[0], device=device)
         hidden = ((zero_BD, zero_BD),) * (1 if self.slow is None else 2)
@@ -424,7 +427,7 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
         return terms
 
     def both(out: Output, batch: Batch) -> dict[str, Tensor]:
-        return cross_entropy(out, batch) | agent_loss(out, batch)
+        return added_up(cross_entropy(out, batch) | agent_loss(out, batch), options.budgets_per_image)
 
     widths, span = random_widths(router.specs, options.width_draws), net.span()
     yield Phase("pretrain", options.pretrain_epochs, ("backbone",), cross_entropy, routes=net.dense_routes)
@@ -438,6 +441,7 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
             agent_loss,
             router_lr=options.lr,
             router_decay=options.agent_decay,
+            passes=options.budgets_per_image,
             schedule=lambda done, start=start: explore(start + (options.epsilon_end - start) * done),  # type: ignore[misc]
         )
         yield Phase(f"cnn{turn + 1}", options.cnn_epochs, ("backbone",), cross_entropy, lr_scale=options.cnn_lr)
@@ -449,5 +453,6 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
         router_lr=options.joint_lr,
         router_decay=options.agent_decay,
         lr_scale=options.cnn_lr,
+        passes=options.budgets_per_image,
         schedule=lambda done: explore(options.epsilon_end),
     )
