@@ -8,6 +8,7 @@ main table alone, or controls, the one beside it.
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -32,11 +33,19 @@ def from_csv(path: Path) -> str:
     """A CSV as a Markdown table, turned on its side where it has more columns than rows."""
     with path.open(encoding="utf-8") as file:
         names, *rows = csv.reader(file)
-    lines = [[name.replace("_", " ") for name in names], *rows]
+    lines = [[name.replace("_", " ") for name in names], *([short(text) for text in row] for row in rows)]
     if len(names) > len(rows):
         lines = [list(column) for column in zip(*lines, strict=True)]
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
+
+
+def short(text: str) -> str:
+    """A decimal fraction at four digits, as 0.6624 of 0.662389105939; all else as it is."""
+    if not re.fullmatch(r"-?\d+\.\d+", text):
+        return text
+    number = float(text)
+    return f"{number:.0f}" if number.is_integer() or abs(number) >= 1e4 else f"{number:.4g}"
 
 
 if __name__ == "__main__":

@@ -129,6 +129,14 @@ def test_a_csv_becomes_a_table_that_is_longer_than_wide(tmp_path: Path) -> None:
     assert (tmp_path / "doc.md").read_text() == wanted
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("0.662389105939", "0.6624"), ("10000.0", "10000"), ("-1.01", "-1.01"), ("12", "12"), ("2.15.0", "2.15.0")],
+)
+def test_numbers_of_a_csv_are_shown_at_four_digits(text: str, shown: str) -> None:
+    assert loaded(ROOT / "experiments" / "readme_table.py").short(text) == shown
+
+
 def test_the_two_tables_of_a_comparison_may_stand_apart(tmp_path: Path) -> None:
     table = loaded(ROOT / "experiments" / "readme_table.py")
     (tmp_path / "table.md").write_text(f"| rows |\n\n- note\n\n{CONTROLS_HEADING}\n\n| controls |\n")

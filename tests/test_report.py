@@ -256,7 +256,7 @@ def test_nan_elsewhere_is_an_empty_cell(tmp_path: Path) -> None:
     comparison = compare([file], tmp_path / "out")
     line = next(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert [line[k] for k in ("top5", "macs_p5", "epochs", "speedup", "n", "params")] == [""] * 6
-    shown = to_markdown(comparison.table)
+    shown = to_markdown(cells(comparison.table))
     assert "nan" not in shown
     assert "5-95 %" not in shown
     assert "<NA>" not in (tmp_path / "out" / "index.html").read_text()
@@ -281,7 +281,8 @@ def test_strange_names_are_only_text(tmp_path: Path, name: str) -> None:
     assert "<b>x" not in html
     assert html.count("<script") == 1  # our own
     assert ("&lt;b&gt;x" in html) == (name == "<b>x")
-    lines = to_markdown(table).splitlines()
+    head, _, *lines = to_markdown(cells(table)).splitlines()
+    assert head == "All rows: dataset cifar10, backbone resnet20, epochs 100, seeds n=1."
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     shown = "".join(str(cell) for cell in to_rich(table).columns[1].cells)
     assert name in shown

@@ -30,14 +30,15 @@ NOTES = (
 TIME_NOTE = "latency: milliseconds per image at the smallest batch and fewest threads that were timed, in the net's fastest form."
 CONTROLS_HEADING = "Routed rows beside their controls:"
 CONTROL_NOTES = (
-    "A routed row is worth something only above a net of the same cost that does not route. at equal FLOPs: the straight line "
-    "between the control's nets on both sides of the row's multiply-adds; at equal ms: of its time, each in its fastest form, "
-    "timed with the same batch, threads and machine.",
+    "A routed row is worth something only above a net of the same cost that does not route. A column for each control: top-1 of "
+    "the row less the control's, in points, +- half the 95 % interval; the control's own numbers stand in controls.csv. "
+    "at equal FLOPs: the straight line between the control's nets on both sides of the row's multiply-adds; at equal ms: of its "
+    "time, each in its fastest form, timed with the same batch, threads and machine.",
     "cheaper, dearer: where no net of that kind costs as much, the nearest, if it settles the matter: a cheaper one that is not "
     "beaten, or a dearer one that is.",
     "shuffled: the row's own routes handed to other images; random: drawn unit by unit at the same rates; both charged for the "
     "router. most_common: one route for all images, a static net.",
-    "95 % interval: of the difference in top-1, in points. paired: over the same test images (McNemar-type, normal), where "
+    "images, of the 95 % interval. paired: over the same test images (McNemar-type, normal), where "
     "routes.csv (of a run's own controls: control_answers.csv) of all rows concerned are at hand; independent: from the numbers "
     "of images alone, which is wider. It knows nothing of the spread over seeds. not beaten: the interval reaches zero or below.",
 )
@@ -130,9 +131,9 @@ def run_notes(made: Tables) -> tuple[str, ...]:
 
 def markdown(made: Tables, left_out: Sequence[LeftOut]) -> str:
     """The tables in Markdown, each with its notes under it."""
-    parts = [tables.to_markdown(made.main), "", *(f"- {note}" for note in run_notes(made))]
+    parts = [tables.to_markdown(cells(made.main)), "", *(f"- {note}" for note in run_notes(made))]
     if len(made.lines):
-        lines = tables.markdown_table(control_cells(made.lines))
+        lines = tables.to_markdown(control_cells(made.lines))
         parts += ["", CONTROLS_HEADING, "", lines, "", *(f"- {note}" for note in CONTROL_NOTES)]
     parts += [f"- left out: {path}: {reason}".replace("<", "&lt;") for path, reason in left_out]
     return "\n".join(parts) + "\n"

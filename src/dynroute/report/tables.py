@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynroute.records import EVAL_COLUMNS, NUMBERS
 from dynroute.report import controls
-from dynroute.report.controls import EQUAL, STATIC, TOLERANCE
+from dynroute.report.controls import EQUAL, NARROWER, STATIC, TOLERANCE
 from dynroute.report.read import BESIDE, LeftOut, Row, base_name, identity
 from dynroute.report.timing import Clock, Taken
 
@@ -179,27 +179,19 @@ CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "speed-up": lambda r: _number(r["speedup"], ".2f", "x"),
     "epochs": lambda r: _number(r["epochs"], "g"),
 }
-BEATEN, NOT_BEATEN = "beaten", "not beaten"
+NOT_BEATEN = "not beaten"
 WORDS = frozenset(
-    {"method", "run", "control", "backbone", "dataset", "certainty", "note", "at equal", "images", "verdict"}
+    {"method", "run", "backbone", "dataset", "certainty", "note", "at equal", "images"}
 )  # aligned left, numbers right
-TITLE = ("dataset", "backbone", "epochs", "seeds", "at equal")  # a terminal is narrow, and so is a telephone
+TITLE = ("dataset", "backbone", "epochs", "seeds", "at equal", "images")  # a terminal is narrow, and so is a telephone
 
 
 CONTROL_CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     **{name: CELLS[name] for name in ("method", "run", "backbone", "dataset", "target", "top-1 %")},
-    "control": lambda r: r["control"],
-    "control's top-1 %": lambda r: _number(100 * r["control_top1"], ".2f"),
-    "difference": lambda r: _number(r["difference"], "+.2f"),
-    "95 % interval": lambda r: _interval(r["low"], r["high"]),
-    "verdict": lambda r: BEATEN if r["beaten"] else NOT_BEATEN,
     "at equal": lambda r: r["basis"],
     "cost": lambda r: _cost(r["cost"], r["basis"]),
-    "control's cost": lambda r: (
-        _cost(r["control_cost"], r["basis"]) + ("" if r["relation"] == EQUAL else f", {r['relation']}")
-    ),
-    "images": lambda r: r["interval"],
 }
+OWN_LAST = ("shuffled", "random", "most_common")  # the columns of controls made from a row's own routes
 
 
 def cells(table: pd.DataFrame) -> list[dict[str, str]]:
@@ -207,32 +199,51 @@ def cells(table: pd.DataFrame) -> list[dict[str, str]]:
 
     Empty columns are left out.
     """
-    return _texts(table[table["control"] == ""], CELLS)
+    own = table[table["control"] == ""].to_dict("records")
+    return _filled([{name: cell(row) for name, cell in CELLS.items()} for row in own])
 
 
 def control_cells(lines: pd.DataFrame) -> list[dict[str, str]]:
-    """The table of controls as people read it."""
-    return _texts(lines, CONTROL_CELLS)
+    """The table of controls as people read it: a row for each row of the main table and basis, a column for each control.
+
+    A cell holds the difference to the control in points and half its interval; all else of a line stands in controls.csv.
+    """
+    found = list(dict.fromkeys(lines["control"]))
+    order = [NARROWER, *sorted(set(found) - {NARROWER, *OWN_LAST}), *OWN_LAST]
+    rows: dict[tuple[Any, str], dict[str, str]] = {}
+    kinds: dict[tuple[Any, str], list[str]] = {}
+    for place, line in zip(lines.index, lines.to_dict("records"), strict=True):
+        at = (place, line["basis"])
+        if at not in rows:
+            rows[at] = {name: cell(line) for name, cell in CONTROL_CELLS.items()} | dict.fromkeys(order, "")
+        rows[at][line["control"]] = _against(line)
+        kinds.setdefault(at, []).append(line["interval"])
+    return _filled([row | {"images": " and ".join(sorted(set(filter(None, kinds[at]))))} for at, row in rows.items()])
 
 
-def _texts(table: pd.DataFrame, formats: Mapping[str, Callable[[dict[Any, Any]], str]]) -> list[dict[str, str]]:
-    shown = [{name: _one_line(cell(row)) for name, cell in formats.items()} for row in table.to_dict("records")]
-    filled = [name for name in formats if any(row[name] for row in shown)]
-    return [{name: row[name] for name in filled} for row in shown]
+def _filled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Each cell on one line; columns that are empty in all rows are left out."""
+    filled = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
+    return [{name: _one_line(row[name]) for name in filled} for row in rows]
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """The table in GitHub's Markdown."""
-    return markdown_table(cells(table))
+def to_markdown(rows: list[dict[str, str]]) -> str:
+    """Cells in GitHub's Markdown; what is the same in all rows is said once, above them."""
+    common, rows = without_common(rows)
+    return (f"All rows: {_escaped(common)}.\n\n" if common else "") + markdown_table(rows)
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
     """Cells in GitHub's Markdown."""
     from tabulate import tabulate
 
-    body = [[text.replace("|", "\\|").replace("<", "&lt;") for text in row.values()] for row in rows]
+    body = [[_escaped(text) for text in row.values()] for row in rows]
     align = ["left" if name in WORDS else "right" for name in rows[0]]
     return tabulate(body, list(rows[0]), tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def to_latex(table: pd.DataFrame) -> str:
@@ -307,6 +318,14 @@ def _interval(low: float, high: float) -> str:
 def _versus(points: float, low: float) -> str:
     """Marked where the routed row does not beat its control, be it for sure (the interval where there is one) or at all."""
     return _number(points, "+.2f", f" {NOT_BEATEN}" if (low if low == low else points) <= 0 else "")
+
+
+def _against(line: Mapping[Any, Any]) -> str:
+    """A row beside one control: +1.11 +- 0.93, with what else must be known."""
+    half = _number((line["high"] - line["low"]) / 2, ".2f")
+    words = f"{line['difference']:+.2f}" + (f" +- {half}" if half else "")
+    words += "" if line["relation"] == EQUAL else f", {line['relation']}"
+    return words if line["beaten"] else f"{words} {NOT_BEATEN}"
 
 
 def _cost(cost: float, basis: str) -> str:
