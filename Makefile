@@ -19,7 +19,7 @@ CIFAR10_LONG := static28_40 static28_60 rnr28 rnr_40 rnr_50 rnr_60 rnr_80 dmnn_a
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
-BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_any4 rnp_40 rnp_60 rnp_80 dmnn_any dmnn_any4 dmnn_40 dmnn_60 dmnn_80
+BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_any4 rnp_40 rnp_60 rnp_60x4 rnp_80 dmnn_any dmnn_any4 dmnn_40 dmnn_60 dmnn_60x4 dmnn_80
 SHAPES := dense widths rnr
 CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade

@@ -2,9 +2,10 @@
 
     python experiments/budget_curves.py [experiments/results/budget] [--out FOLDER]
 
-Reads METHOD_any.csv, METHOD_any4.csv, METHOD_40.csv, METHOD_60.csv, METHOD_80.csv and static_*.csv as `make budget` leaves them,
-and writes budget.csv (a row a point; any_vs_each: top-1 of METHOD_any or METHOD_any4 less that of the net of the same target, in
-points of a percent), budget.png and budget.svg.
+Reads METHOD_any.csv, METHOD_any4.csv (each image at four budgets in a step), METHOD_40.csv, METHOD_60.csv, METHOD_80.csv,
+METHOD_60x4.csv (as many passes at one budget) and static_*.csv as `make budget` leaves them, and writes budget.csv (a row a
+point; any_vs_each: top-1 of METHOD_any or METHOD_any4 less that of the net of the same target, in points of a percent),
+budget.png and budget.svg.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SERIES = {
     "each": "a net for each budget",
     "dial": f"the dial of the net for {MIDDLE}",
     "any4": "one net, four budgets an image",
+    "each4": f"a net for {MIDDLE}, four passes",
 }
 ANY = ("any", "any4")
 COLUMNS = ("method", "series", "run", "flops_target", "macs_share", "top1", "n", "any_vs_each")
@@ -54,6 +56,8 @@ def points(folder: Path) -> list[Point]:
         for target in TARGETS:
             own = rows_of(folder, f"{method}_{100 * target:.0f}")
             add(method, "each", [r for r in own if r["flops_target"] == target])
+        fourfold = rows_of(folder, f"{method}_{100 * MIDDLE:.0f}x4")
+        add(method, "each4", [r for r in fourfold if r["flops_target"] == MIDDLE])
         own = rows_of(folder, f"{method}_{100 * MIDDLE:.0f}")
         add(method, "dial", [r for r in own if r["flops_target"] is not None])
     each = {(p["method"], p["flops_target"]): p["top1"] for p in made if p["series"] == "each"}
@@ -82,7 +86,7 @@ def draw(made: list[Point], out: Path) -> list[Path]:
                 ax.plot(*_xy(static), color="black", marker="s", linestyle="--", label="a static net of each width")
             for place, (series, label) in enumerate(SERIES.items()):
                 own = [p for p in made if (p["method"], p["series"]) == (method, series)]
-                line = "none" if series == "each" else "-"
+                line = "none" if series.startswith("each") else "-"
                 ax.plot(*_xy(own), color=COLOURS[place], marker=MARKERS[place], linestyle=line, label=label)
             ax.legend(frameon=False, fontsize=8, loc="lower right")
         axes[0].set_ylabel("top-1, %")

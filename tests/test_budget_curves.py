@@ -55,6 +55,7 @@ def test_the_three_curves_of_a_method(script: ModuleType, tmp_path: Path, capsys
         "static_40": [row("static_40", None, 0.4, 0.6)],
         "dmnn_any": [row("dmnn_any", t, t + 0.001, t) for t in (0.4, 0.5, 0.6)],
         "dmnn_any4": [row("dmnn_any4", 0.6, 0.6, 0.66)],
+        "dmnn_60x4": [row("dmnn_60x4", 0.5, 0.5, 0.6), row("dmnn_60x4", 0.6, 0.6, 0.67)],
         "dmnn_40": [row("dmnn_40", 0.4, 0.4, 0.38), row("dmnn_40", 0.6, 0.6, 0.39)],
         "dmnn_60": [
             row("dmnn_60", 0.4, 0.4, 0.2),
@@ -70,6 +71,6 @@ def test_the_three_curves_of_a_method(script: ModuleType, tmp_path: Path, capsys
     assert "dmnn_any at 0.4: +2.00 points" in said and "dmnn_any at 0.6: -5.00 points" in said
     assert "dmnn_any4 at 0.6: +1.00 points" in said
     table = read_rows(tmp_path / "budget_comparison" / "budget.csv")
-    count = {s: sum(r["series"] == s for r in table) for s in ("static", "any", "any4", "each", "dial")}
-    assert count == {"static": 1, "any": 3, "any4": 1, "each": 2, "dial": 2}
+    count = {s: sum(r["series"] == s for r in table) for s in ("static", "any", "any4", "each", "each4", "dial")}
+    assert count == {"static": 1, "any": 3, "any4": 1, "each": 2, "each4": 1, "dial": 2}
     assert script.main([str(tmp_path / "nowhere")]) == 2
