@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -24,6 +26,14 @@ def gated(**options: Any) -> RoutedNet:
     torch.manual_seed(0)
     backbone = make_backbone(unit="paths")
     return RoutedNet(backbone, GateRouter(backbone.specs, DmnnOptions(budget=BUDGET, **options)))
+
+
+@contextmanager
+def monkeypatched_draw(asked_B: Tensor) -> Iterator[None]:
+    """Every image is asked for what stands here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Range, "draw", lambda *_: asked_B)
+        yield
 
 
 def batch(images: int) -> Batch:
@@ -79,27 +89,50 @@ def test_an_image_that_runs_several_times_is_asked_once_in_each_stretch_of_the_r
 
 @pytest.mark.parametrize("name", ["dmnn", "rnp", "rnr"])
 def test_the_budgets_of_an_image_are_so_many_passes_whose_losses_add_up(name: str) -> None:
-    method = ROUTERS[name]
+    method, told = ROUTERS[name], batch(24).repeated(3)
 
-    def loss_of(budgets: int) -> tuple[float, list[int], dict[str, Tensor]]:
+    def steps_of(budgets: int) -> dict[str, dict[str, Tensor]]:
+        """The terms of each learned phase for the same images, routes and budgets."""
         torch.manual_seed(0)
         backbone = make_backbone(unit="paths" if name == "dmnn" else "channels")
-        learning = {} if name == "dmnn" else {"cnn_epochs": 0, "joint_epochs": 1}
+        learning: dict[str, Any] = {"resource": "flops"} if name == "dmnn" else {"cnn_epochs": 0, "joint_epochs": 1}
         options = method.options(budget=BUDGET, budgets_per_image=budgets, **learning)
         net = RoutedNet(backbone, method.router(backbone.specs, options, 0))
-        made = list(method.phases(net, options))
-        told = batch(8).repeated(budgets)
-        out = net(told.images)
-        terms = made[-1].loss(out, told)
-        once = torch.nn.functional.cross_entropy(out.logits_BK, told.labels)
-        assert terms["loss_cls"].item() == pytest.approx(budgets * once.item(), rel=1e-5)
-        return len(told.labels), [phase.passes for phase in made if "router" in phase.trains], terms
+        made = [phase for phase in method.phases(net, options) if "router" in phase.trains]
+        assert {phase.passes for phase in made} == {budgets}
+        drawn = Range(0.3, 0.9).draw(72, torch.device("cpu"), 3)
+        with monkeypatched_draw(drawn):
+            out = net(told.images)
+        if budgets == 3:
+            place_PB = (net(told.images).trace.notes["asked"][:, 0].view(3, 24) - 0.3) / 0.6
+            assert (place_PB * 3).floor().sort(0).values.tolist() == [[float(p)] * 24 for p in range(3)]
+        return {phase.name: phase.loss(out, told) for phase in made}
 
-    images, passes, terms = loss_of(3)
-    assert images == 24 and set(passes) == {3}
-    assert set(loss_of(1)[1]) == {1}
-    if name == "dmnn":
-        assert float(terms["note_target_low"]) <= BUDGET[0] + SLACK, "what is only recorded is not added up"
+    once, thrice = steps_of(1), steps_of(3)
+    for phase, terms in once.items():
+        for term, value in terms.items():
+            if term != "loss_resource":  # the groups of DMNN's are others: of its own test
+                times = 1 if term.startswith("note_") else 3
+                assert thrice[phase][term].item() == pytest.approx(times * value.item(), rel=1e-4), (phase, term)
+
+
+def test_the_resource_loss_has_as_many_groups_for_every_pass() -> None:
+    net = gated(resource="flops", resource_weight=3.0, budgets_per_image=3)
+    told = batch(32).repeated(3)
+    out = net(told.images)
+    loss = next(phases(net, net.router.options)).loss(out, told)["loss_resource"]  # type: ignore[arg-type]
+    told_B = out.trace.notes["told"][:, 0]
+    by_hand = 0.0
+    for group in told_B.argsort().chunk(12):
+        share = float(out.macs_B[group].detach().mean()) / net.cost.dense
+        by_hand += 3 * 3 * (share - float(told_B[group].mean())) ** 2 / 12
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_what_is_heard_of_a_narrow_range_stays_small() -> None:
+    ends = torch.tensor([0.3, 0.9])
+    assert Range(0.3, 0.9).heard(ends).tolist() == pytest.approx([-1.0, 1.0])
+    assert Range(0.59, 0.61).heard(torch.tensor([0.4, 0.6, 0.8])).tolist() == pytest.approx([-2.0, 0.0, 2.0], abs=1e-5)
 
 
 def test_several_budgets_an_image_need_a_range() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dynroute.contracts import InputError
 
 KNOTS = 9
+NARROW = 0.2  # of shares
 MOST = 64  # budgets of an image in one step
 
 
@@ -50,6 +51,11 @@ class Range(NamedTuple):
     def place(self, asked_B: Tensor) -> Tensor:
         """Where in the range: 0 at low, 1 at high."""
         return (asked_B - self.low) / (self.high - self.low)
+
+    def heard(self, told_B: Tensor) -> Tensor:
+        """A target as an input of a net: -1 at low, 1 at high. A narrower range than NARROW is measured by that: what feedback
+        moves beyond its ends would else be many times the range."""
+        return (told_B - (self.low + self.high) / 2) * (2 / max(self.high - self.low, NARROW))
 
     def read(self, table_K: Tensor, asked_B: Tensor) -> Tensor:
         """The table's value for what each image is asked, linear between knots."""

@@ -189,7 +189,7 @@ class DeployedGates(Deployed["GateRouter"]):
         memory = source.begin(self.features[0].new_zeros(1, 1, 1, 1))
         told, target = 0.0, 0.0
         if source.range is not None and memory.told_B is not None:
-            told, target = float(source.range.place(memory.told_B)) * 2 - 1, float(memory.told_B)
+            told, target = float(source.range.heard(memory.told_B)), float(memory.told_B)
         for u, gate in enumerate(_linear(source.gates)):
             logit_2G = gate.bias.clone()
             logit_2G[1::2] -= source.asked()[1] * source.get_buffer(f"share_{u}")

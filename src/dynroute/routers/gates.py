@@ -26,7 +26,7 @@ from dynroute.routers.deployed import DeployedGates
 
 FEEDBACK = 0.05  # step of a budget's target per minibatch and per share missed (ours)
 SLACK = 0.2  # and how far from its budget the target may move
-GROUPS = 4  # of a minibatch's images by target, each held to its own mean: 32 of 128 images (ours)
+GROUPS = 4  # of the images of a pass by target, each held to its own mean: 32 of 128 images (ours)
 TARGET = 0.5
 APART = 0.05  # of shares: beyond it rate and FLOPs terms are said to contradict each other (ours)
 OPEN_AT_START = 0.87
@@ -177,9 +177,10 @@ class GateRouter(Router):
         """Each image's budget, where there is a range of them: drawn in training, set by the dial in eval."""
         if self.range is None:
             return Memory()
-        dialled_B = torch.full((len(x_BCHW),), self.asked()[0], device=x_BCHW.device)
-        drawn = self.training
-        asked_B = self.range.draw(len(x_BCHW), x_BCHW.device, self.options.budgets_per_image) if drawn else dialled_B
+        if self.training:
+            asked_B = self.range.draw(len(x_BCHW), x_BCHW.device, self.options.budgets_per_image)
+        else:
+            asked_B = torch.full((len(x_BCHW),), self.asked()[0], device=x_BCHW.device)
         return Memory(None, asked_B, self.range.read(self.told_K, asked_B))
 
     def decide(self, u: int, x_BCHW: Tensor, state: Memory) -> tuple[Decision, Memory]:
@@ -190,8 +191,7 @@ class GateRouter(Router):
         """
         z_BC = x_BCHW.mean((2, 3)).to(self.get_buffer(f"share_{u}").dtype)  # the net may run in a shorter type
         if self.range is not None and state.told_B is not None:
-            told_B1 = self.range.place(state.told_B)[:, None] * 2 - 1
-            z_BC = torch.cat([z_BC, told_B1.to(z_BC.dtype)], 1)
+            z_BC = torch.cat([z_BC, self.range.heard(state.told_B)[:, None].to(z_BC.dtype)], 1)
         v_BD = self.features[u](z_BC)
         h_BD = F.relu(v_BD if self.norms is None else self.norms[u](v_BD))
         if state.h_BD is not None and str(u) in self.previous:

@@ -424,10 +424,10 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
                 "note_charge_high": charges.unscaled(router.charge_K[-1]),
             }
         router.follow()
-        return terms
+        return added_up(terms, options.budgets_per_image)
 
     def both(out: Output, batch: Batch) -> dict[str, Tensor]:
-        return added_up(cross_entropy(out, batch) | agent_loss(out, batch), options.budgets_per_image)
+        return added_up(cross_entropy(out, batch), options.budgets_per_image) | agent_loss(out, batch)
 
     widths, span = random_widths(router.specs, options.width_draws), net.span()
     yield Phase("pretrain", options.pretrain_epochs, ("backbone",), cross_entropy, routes=net.dense_routes)
