@@ -4,8 +4,8 @@
 
 Reads METHOD_any.csv, METHOD_any4.csv (each image at four budgets in a step), METHOD_40.csv, METHOD_60.csv, METHOD_80.csv,
 METHOD_60x4.csv (as many passes at one budget) and static_*.csv as `make budget` leaves them, and writes budget.csv (a row a
-point; any_vs_each: top-1 of METHOD_any or METHOD_any4 less that of the net of the same target, in points of a percent),
-budget.png and budget.svg.
+point; any_vs_each: top-1 of METHOD_any or METHOD_any4 less that of the net of the same target, in points of a percent;
+any_vs_each4: less that of the net of as many passes), budget.png and budget.svg.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SERIES = {
     "each4": f"a net for {MIDDLE}, four passes",
 }
 ANY = ("any", "any4")
-COLUMNS = ("method", "series", "run", "flops_target", "macs_share", "top1", "n", "any_vs_each")
+COLUMNS = ("method", "series", "run", "flops_target", "macs_share", "top1", "n", "any_vs_each", "any_vs_each4")
 Point = dict[str, Any]
 
 
@@ -46,7 +46,7 @@ def points(folder: Path) -> list[Point]:
     made: list[Point] = []
 
     def add(method: str, series: str, rows: list[Point]) -> None:
-        made.extend({**row, "method": method, "series": series, "any_vs_each": None} for row in rows)
+        made.extend({**row, "method": method, "series": series} for row in rows)
 
     for path in sorted(folder.glob("static_*.csv")):
         add("static", "static", rows_of(folder, path.stem))
@@ -60,11 +60,11 @@ def points(folder: Path) -> list[Point]:
         add(method, "each4", [r for r in fourfold if r["flops_target"] == MIDDLE])
         own = rows_of(folder, f"{method}_{100 * MIDDLE:.0f}")
         add(method, "dial", [r for r in own if r["flops_target"] is not None])
-    each = {(p["method"], p["flops_target"]): p["top1"] for p in made if p["series"] == "each"}
-    for point in made:
-        other = each.get((point["method"], point["flops_target"]))
-        if point["series"] in ANY and other is not None:
-            point["any_vs_each"] = round(100 * (point["top1"] - other), 4)
+    for name, single, several in (("any_vs_each", "each", ANY), ("any_vs_each4", "each4", ANY[1:])):
+        alone = {(p["method"], p["flops_target"]): p["top1"] for p in made if p["series"] == single}
+        for point in made:
+            other = alone.get((point["method"], point["flops_target"])) if point["series"] in several else None
+            point[name] = None if other is None else round(100 * (point["top1"] - other), 4)
     return sorted(made, key=lambda p: (p["method"], p["series"], p["macs_share"]))
 
 
@@ -86,6 +86,8 @@ def draw(made: list[Point], out: Path) -> list[Path]:
                 ax.plot(*_xy(static), color="black", marker="s", linestyle="--", label="a static net of each width")
             for place, (series, label) in enumerate(SERIES.items()):
                 own = [p for p in made if (p["method"], p["series"]) == (method, series)]
+                if not own:
+                    continue
                 line = "none" if series.startswith("each") else "-"
                 ax.plot(*_xy(own), color=COLOURS[place], marker=MARKERS[place], linestyle=line, label=label)
             ax.legend(frameon=False, fontsize=8, loc="lower right")
@@ -114,8 +116,9 @@ def main(words: list[str] | None = None) -> int:
         print(f"budget_curves.py: {error}", file=sys.stderr)
         return 2
     for point in made:
-        if point["any_vs_each"] is not None:
-            print(f"{point['run']} at {point['flops_target']:g}: {point['any_vs_each']:+.2f} points")
+        told = [f"{name} {point[name]:+.2f} points" for name in COLUMNS[-2:] if point[name] is not None]
+        if told:
+            print(f"{point['run']} at {point['flops_target']:g}: {', '.join(told)}")
     for path in draw(made, out):
         print(path)
     return 0

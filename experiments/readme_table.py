@@ -8,6 +8,7 @@ main table alone, or controls, the one beside it.
 from __future__ import annotations
 
 import csv
+import math
 import re
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def short(text: str) -> str:
     if not re.fullmatch(r"-?\d+\.\d+", text):
         return text
     number = float(text)
-    return f"{number:.0f}" if number.is_integer() or abs(number) >= 1e4 else f"{number:.4g}"
+    digits = max(0, 3 - math.floor(math.log10(abs(number)))) if number else 0
+    return f"{number:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{number:.0f}"
 
 
 if __name__ == "__main__":

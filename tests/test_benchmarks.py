@@ -131,7 +131,10 @@ def test_a_csv_becomes_a_table_that_is_longer_than_wide(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("0.662389105939", "0.6624"), ("10000.0", "10000"), ("-1.01", "-1.01"), ("12", "12"), ("2.15.0", "2.15.0")],
+    [
+        *(("0.662389105939", "0.6624"), ("10000.0", "10000"), ("-1.01", "-1.01"), ("12", "12"), ("2.15.0", "2.15.0")),
+        *(("9999.7", "10000"), ("0.000012344", "0.00001234"), ("0.0", "0"), ("0.40", "0.4")),
+    ],
 )
 def test_numbers_of_a_csv_are_shown_at_four_digits(text: str, shown: str) -> None:
     assert loaded(ROOT / "experiments" / "readme_table.py").short(text) == shown

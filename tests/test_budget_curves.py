@@ -68,8 +68,10 @@ def test_the_three_curves_of_a_method(script: ModuleType, tmp_path: Path, capsys
         write_rows(folder / f"{name}.csv", rows, EVAL_COLUMNS)
     assert script.main([str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "dmnn_any at 0.4: +2.00 points" in said and "dmnn_any at 0.6: -5.00 points" in said
-    assert "dmnn_any4 at 0.6: +1.00 points" in said
+    assert (
+        "dmnn_any at 0.4: any_vs_each +2.00 points\n" in said and "dmnn_any at 0.6: any_vs_each -5.00 points\n" in said
+    )
+    assert "dmnn_any4 at 0.6: any_vs_each +1.00 points, any_vs_each4 -1.00 points\n" in said
     table = read_rows(tmp_path / "budget_comparison" / "budget.csv")
     count = {s: sum(r["series"] == s for r in table) for s in ("static", "any", "any4", "each", "each4", "dial")}
     assert count == {"static": 1, "any": 3, "any4": 1, "each": 2, "each4": 1, "dial": 2}

@@ -22,7 +22,7 @@ from dynroute.evaluation import Evaluator
 from dynroute.measure import evaluate
 from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, read_eval, write_rows
 from dynroute.report import compare, read
-from dynroute.report.tables import cells
+from dynroute.report.cells import cells
 from dynroute.skipping import FastNet
 from test_report import row, save
 from tiny import make_net, pictures

@@ -9,8 +9,8 @@ import pytest
 
 from dynroute.records import EvalRow, write_rows
 from dynroute.report import Comparison, compare
+from dynroute.report.cells import cells, control_cells
 from dynroute.report.controls import Point, frontier, neighbours
-from dynroute.report.tables import cells, control_cells
 from test_report import STATIC, row, save
 
 
@@ -75,7 +75,7 @@ def test_beyond_the_ends_only_what_is_certain_is_said(tmp_path: Path) -> None:
     found = {x["method"]: (x["relation"], x["beaten"], x["control_cost"]) for x in lines(made)}
     assert found == {"rnr": ("dearer", True, 0.25), "rnp": ("cheaper", False, 0.75)}
     shown = {x["method"]: x["static, narrower"] for x in control_cells(made.controls)}
-    assert shown == {"rnr": "+5.00 +- 1.05, dearer", "rnp": "-1.00 +- 0.85, cheaper not beaten"}
+    assert shown == {"rnr": "+5.00 +- 1.05 (at 25.0 %)", "rnp": "-1.00 +- 0.85 (at 75.0 %) x"}
     assert made.table["vs_static"].isna().all()  # the main table has equal costs alone
 
 
@@ -117,7 +117,7 @@ def test_a_row_stands_at_equal_milliseconds_too(tmp_path: Path) -> None:
     assert (ms["cost"], ms["control_top1"], ms["relation"]) == (3.0, pytest.approx(0.9), "equal")
     assert (ms["difference"], ms["beaten"]) == (pytest.approx(-2), False)
     (shown,) = [x for x in control_cells(made.controls) if x["cost"] == "3 ms"]
-    assert shown["static, narrower"].startswith("-2.00 +- ") and shown["static, narrower"].endswith(" not beaten")
+    assert shown["static, narrower"].startswith("-2.00 +- ") and shown["static, narrower"].endswith(" x")
     (main,) = [x for x in cells(made.table) if x["method"] == "dmnn"]
     assert (main["latency ms"], main["speed-up"]) == ("3.00", "1.50x")
     assert "milliseconds per image" in (tmp_path / "out" / "index.html").read_text()

@@ -114,7 +114,7 @@ def test_the_numbers_are_those_of_the_csvs(tmp_path: Path) -> None:
         for line in group:
             cell = there[line["control"]]
             assert number(cell) == pytest.approx(float(line["difference"]), abs=0.0051)
-            assert cell.endswith("not beaten") == (line["beaten"] == "False")
+            assert cell.endswith(" x") == (line["beaten"] == "False")
     reported = read(out / "papers.csv")
     for there, line in zip(page.rows("dmnn:tab3"), reported, strict=True):
         assert number(there["reported top-1 error %"]) == float(line["reported_top1_error_pct"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import random
 import re
@@ -13,11 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dynroute.contracts import InputError
 from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, write_rows
-from dynroute.report import Comparison, compare, read, to_markdown, to_rich
-from dynroute.report.tables import COLUMNS, FLOPS, cells
+from dynroute.report import Comparison, compare, read, to_rich
+from dynroute.report.cells import (
+    MACS,
+    cells,
+    control_cells,
+    fitting,
+    markdown_table,
+    rich_table,
+    to_markdown,
+    without_common,
+)
+from dynroute.report.tables import COLUMNS
 
 DENSE = 40e6
 FILES = [
@@ -155,7 +167,7 @@ def test_missed_targets_are_marked(tmp_path: Path) -> None:
         "52.0 %",
         "53.0 % missed",
     ]
-    assert cells(comparison.table)[0][FLOPS] == "18.80 M"
+    assert cells(comparison.table)[0][MACS] == "18.80 M"
     assert cells(comparison.table)[0]["target"] == "0.50"
 
 
@@ -256,7 +268,7 @@ def test_nan_elsewhere_is_an_empty_cell(tmp_path: Path) -> None:
     comparison = compare([file], tmp_path / "out")
     line = next(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert [line[k] for k in ("top5", "macs_p5", "epochs", "speedup", "n", "params")] == [""] * 6
-    shown = to_markdown(cells(comparison.table))
+    shown = to_markdown(comparison.table)
     assert "nan" not in shown
     assert "5-95 %" not in shown
     assert "<NA>" not in (tmp_path / "out" / "index.html").read_text()
@@ -281,11 +293,44 @@ def test_strange_names_are_only_text(tmp_path: Path, name: str) -> None:
     assert "<b>x" not in html
     assert html.count("<script") == 1  # our own
     assert ("&lt;b&gt;x" in html) == (name == "<b>x")
-    head, _, *lines = to_markdown(cells(table)).splitlines()
+    head, _, *lines = to_markdown(table).splitlines()
     assert head == "All rows: dataset cifar10, backbone resnet20, epochs 100, seeds n=1."
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     shown = "".join(str(cell) for cell in to_rich(table).columns[1].cells)
     assert name in shown
+
+
+def test_strange_names_of_controls_and_data_are_only_text(tmp_path: Path) -> None:
+    rows = [row(0.5, 0.9, dataset="a|<b>")]
+    rows += [row(0.5, 0.8, dataset="a|<b>", control=name) for name in ("cost", "x|<y>")]
+    made = compare(save(tmp_path / "runs", *rows), tmp_path / "out")
+    head, _, *lines = to_markdown(made.table).splitlines()
+    assert "dataset a\\|&lt;b>" in head
+    (line,) = control_cells(made.controls)
+    assert line["cost"] == "50.0 %" and line["cost (control)"].startswith("+10.00") and "x|<y>" in line
+    text = markdown_table([line])
+    assert "<b>" not in "".join([*lines, head, text]) and " x\\|&lt;y> |" in text
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_controls_fit_a_terminal_without_a_number_cut_in_two(tmp_path: Path, width: int) -> None:
+    names = ("shuffled", "random", "most_common", *(f"a control of number {i}" for i in range(6)))
+    rows = [row(0.5, 0.9, run="one", config_hash="1"), row(0.6, 0.9, run="two", config_hash="2")]
+    rows += [row(0.5, 0.8 + i / 100, run="one", config_hash="1", control=name) for i, name in enumerate(names)]
+    rows.append(row(0.6, 0.85, run="two", config_hash="2", control="shuffled"))
+    _, lines = without_common(control_cells(compare(save(tmp_path / "runs", *rows), tmp_path / "out").controls))
+    parts = list(fitting(lines, width))
+    shown = [
+        (r["run"], name, text) for part in parts for r in part for name, text in r.items() if name in names and text
+    ]
+    assert len(shown) == len(names) + 1 and len(set(shown)) == len(shown)
+    assert all(any(r[name] for name in names if name in r) for part in parts for r in part), "no row without a control"
+    console = Console(width=width, file=io.StringIO())
+    for part in parts:
+        console.print(rich_table(part, ""))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= width for line in text.splitlines())
+    assert all(cell in text for _, _, cell in shown)
 
 
 def test_the_picture_has_its_numbers_beside_it(tmp_path: Path) -> None:
@@ -315,7 +360,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
         assert tag not in html.replace("url(#", "")  # clip paths of the picture
     assert html.count("<link") == html.count('<link rel="icon" href="data:,">') == 1
     assert not re.findall(r'href="(?!#|data:,|[\w%.-]+\.csv")', re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL))
-    assert FLOPS in html
+    assert MACS in html
 
 
 def test_twenty_runs_quickly_and_without_torch(tmp_path: Path) -> None:

@@ -274,7 +274,8 @@ def compare(
         console.print(report.to_rich(comparison.table))
     if len(comparison.controls):
         common, lines = report.without_common(report.control_cells(comparison.controls))
-        console.print(report.rich_table(lines, f"Routed rows beside their controls: {common}"))
+        for part in report.fitting(lines, console.width):
+            console.print(report.rich_table(part, f"Routed rows beside their controls, x: not beaten: {common}"))
     for table in comparison.papers:
         console.print(report.papers.to_rich(table))
         for line in report.papers.missing(table):

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from dynroute.contracts import InputError
 from dynroute.records import write_rows, write_text
 from dynroute.report import page, pictures, routed, routes, tables
+from dynroute.report.cells import control_cells, fitting, rich_table, to_latex, to_markdown, to_rich, without_common
 from dynroute.report.papers import PaperTable, expand, paper_table, paper_tables
 from dynroute.report.pictures import Picture
 from dynroute.report.read import CONTROLS_FILE, PAPERS_FILE, TABLE_FILE, LeftOut, read
 from dynroute.report.routes import RouteReport
-from dynroute.report.tables import Tables, control_cells, rich_table, to_markdown, to_rich, without_common
+from dynroute.report.tables import Tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,7 @@ __all__ = [
     "PaperTable",
     "compare",
     "control_cells",
+    "fitting",
     "paper_tables",
     "read",
     "rich_table",
@@ -78,7 +80,7 @@ def _write_runs(made: Tables, left_out: list[LeftOut], drawn: list[Picture], out
         TABLE_FILE: made.main.to_csv(index=False, lineterminator="\n"),
         CONTROLS_FILE: made.lines.to_csv(index=False, lineterminator="\n"),
         "table.md": page.markdown(made, left_out),
-        "table.tex": tables.to_latex(made.main),
+        "table.tex": to_latex(made.main),
     }
     for name, text in texts.items():
         write_text(out / name, text)

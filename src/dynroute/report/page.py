@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynroute.report import papers, recipes, tables
+from dynroute.report import papers, recipes
+from dynroute.report.cells import NOT_BEATEN, WORDS, cells, control_cells, rows_to_markdown, to_markdown, without_common
 from dynroute.report.papers import PaperTable
 from dynroute.report.pictures import Picture
 from dynroute.report.read import LeftOut
-from dynroute.report.tables import WORDS, Tables, cells, control_cells, without_common
+from dynroute.report.tables import Tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FOLDER = Path(__file__).parent
 TEMPLATE, STYLE, SCRIPT = (FOLDER / name for name in ("page.html.j2", "page.css", "page.js"))
-MARKED = ("missed", tables.NOT_BEATEN)  # words of a cell that call for attention
+MARKED = ("missed", NOT_BEATEN)  # words of a cell that call for attention
 NOTES = (
     "FLOPs (multiply-adds): a multiply-add of a convolution or linear layer counts once, as in the papers. "
     "An image is charged for the parts that it runs, router included; the table gives the mean over images.",
@@ -34,13 +35,14 @@ CONTROL_NOTES = (
     "the row less the control's, in points, +- half the 95 % interval; the control's own numbers stand in controls.csv. "
     "at equal FLOPs: the straight line between the control's nets on both sides of the row's multiply-adds; at equal ms: of its "
     "time, each in its fastest form, timed with the same batch, threads and machine.",
-    "cheaper, dearer: where no net of that kind costs as much, the nearest, if it settles the matter: a cheaper one that is not "
-    "beaten, or a dearer one that is.",
+    "x: not beaten, the interval reaches zero or below. (at ...): the control's cost, where it is another. Of the row's own "
+    "routes that proves nothing if a cheaper control is beaten or a dearer one is not; of another net it stands only where it "
+    "settles the matter: a cheaper one that is not beaten, or a dearer one that is.",
     "shuffled: the row's own routes handed to other images; random: drawn unit by unit at the same rates; both charged for the "
     "router. most_common: one route for all images, a static net.",
-    "images, of the 95 % interval. paired: over the same test images (McNemar-type, normal), where "
+    "interval, 95 %. paired: over the same test images (McNemar-type, normal), where "
     "routes.csv (of a run's own controls: control_answers.csv) of all rows concerned are at hand; independent: from the numbers "
-    "of images alone, which is wider. It knows nothing of the spread over seeds. not beaten: the interval reaches zero or below.",
+    "of images alone, which is wider. It knows nothing of the spread over seeds.",
 )
 PAPER_NOTES = (
     "certainty. seen: in the authors' own text, poster or code. second-hand: quoted by others. "
@@ -131,9 +133,9 @@ def run_notes(made: Tables) -> tuple[str, ...]:
 
 def markdown(made: Tables, left_out: Sequence[LeftOut]) -> str:
     """The tables in Markdown, each with its notes under it."""
-    parts = [tables.to_markdown(cells(made.main)), "", *(f"- {note}" for note in run_notes(made))]
+    parts = [to_markdown(made.main), "", *(f"- {note}" for note in run_notes(made))]
     if len(made.lines):
-        lines = tables.to_markdown(control_cells(made.lines))
+        lines = rows_to_markdown(*without_common(control_cells(made.lines)))
         parts += ["", CONTROLS_HEADING, "", lines, "", *(f"- {note}" for note in CONTROL_NOTES)]
     parts += [f"- left out: {path}: {reason}".replace("<", "&lt;") for path, reason in left_out]
     return "\n".join(parts) + "\n"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynroute.contracts import unknown
 from dynroute.records import read_rows
 from dynroute.report import recipes
+from dynroute.report.cells import markdown_table, rich_table
 from dynroute.report.read import Row
-from dynroute.report.tables import STATIC, TOLERANCE, markdown_table, rich_table
+from dynroute.report.tables import STATIC, TOLERANCE
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynroute.records import write_rows, write_text
+from dynroute.report.cells import markdown_table
 from dynroute.report.read import REPORT_FILE
 from dynroute.report.routed import Routed
-from dynroute.report.tables import markdown_table
 
 if TYPE_CHECKING:
     import numpy as np

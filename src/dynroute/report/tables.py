@@ -1,20 +1,19 @@
-"""Pool rows over seeds, set each beside the static nets of equal cost, and print the result."""
+"""Pool rows over seeds and set each beside the static nets of equal cost; `cells.py` puts the numbers into words."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynroute.records import EVAL_COLUMNS, NUMBERS
 from dynroute.report import controls
-from dynroute.report.controls import EQUAL, NARROWER, STATIC, TOLERANCE
+from dynroute.report.controls import STATIC, TOLERANCE
 from dynroute.report.read import BESIDE, LeftOut, Row, base_name, identity
 from dynroute.report.timing import Clock, Taken
 
-if TYPE_CHECKING:  # pandas and rich take a while to import, and most commands need neither
+if TYPE_CHECKING:  # pandas takes a while to import, and most commands do not need it
     import pandas as pd
-    from rich.table import Table
 
 SETTING = ["method", "backbone", "dataset", "identity", "flops_target"]
 GROUP = [*SETTING, "control"]
@@ -38,7 +37,6 @@ COLUMNS = (
     *("parts", "variant", "trained_for", "runs", "seeds", "commits", "machine", "config_hash", "torch", "weights"),
 )
 MEANS = ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1", "top5", "epochs")
-FLOPS = "FLOPs (multiply-adds)"
 
 
 class Tables(NamedTuple):
@@ -160,173 +158,3 @@ def chord(part: pd.DataFrame) -> tuple[list[float], list[float]]:
     static = part.loc[part["method"] == STATIC, ["macs_share", "top1"]]
     best = controls.frontier([controls.Point(share, top1, {}) for share, top1 in static.itertuples(index=False)])
     return [point.cost for point in best], [point.top1 for point in best]
-
-
-CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
-    "method": lambda r: r["method"],
-    "run": lambda r: r["label"] if r["label"] != r["method"] else "",
-    "backbone": lambda r: r["backbone"],
-    "dataset": lambda r: r["dataset"],
-    "target": lambda r: _number(r["flops_target"], ".2f"),
-    FLOPS: lambda r: _millions(r["macs_mean"]),
-    "5-95 % of images": lambda r: _span(r["macs_p5"], r["macs_p95"]),
-    "share": lambda r: _number(100 * r["macs_share"], ".1f", " %") + (" missed" if r["reached"] is False else ""),
-    "top-1 %": lambda r: _accuracy(r["top1"], r["top1_std"], r["n_seeds"]),
-    "seeds": lambda r: f"n={r['n_seeds']}",
-    "vs static": lambda r: _versus(r["vs_static"], r["vs_static_low"]),
-    "95 % interval": lambda r: _interval(r["vs_static_low"], r["vs_static_high"]),
-    "latency ms": lambda r: _number(r["latency_ms"], ".2f"),
-    "speed-up": lambda r: _number(r["speedup"], ".2f", "x"),
-    "epochs": lambda r: _number(r["epochs"], "g"),
-}
-NOT_BEATEN = "not beaten"
-WORDS = frozenset(
-    {"method", "run", "backbone", "dataset", "certainty", "note", "at equal", "images"}
-)  # aligned left, numbers right
-TITLE = ("dataset", "backbone", "epochs", "seeds", "at equal", "images")  # a terminal is narrow, and so is a telephone
-
-
-CONTROL_CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
-    **{name: CELLS[name] for name in ("method", "run", "backbone", "dataset", "target", "top-1 %")},
-    "at equal": lambda r: r["basis"],
-    "cost": lambda r: _cost(r["cost"], r["basis"]),
-}
-OWN_LAST = ("shuffled", "random", "most_common")  # the columns of controls made from a row's own routes
-
-
-def cells(table: pd.DataFrame) -> list[dict[str, str]]:
-    """The main table as people read it, without rows of controls: for each row a dict from header to text.
-
-    Empty columns are left out.
-    """
-    own = table[table["control"] == ""].to_dict("records")
-    return _filled([{name: cell(row) for name, cell in CELLS.items()} for row in own])
-
-
-def control_cells(lines: pd.DataFrame) -> list[dict[str, str]]:
-    """The table of controls as people read it: a row for each row of the main table and basis, a column for each control.
-
-    A cell holds the difference to the control in points and half its interval; all else of a line stands in controls.csv.
-    """
-    found = list(dict.fromkeys(lines["control"]))
-    order = [NARROWER, *sorted(set(found) - {NARROWER, *OWN_LAST}), *OWN_LAST]
-    rows: dict[tuple[Any, str], dict[str, str]] = {}
-    kinds: dict[tuple[Any, str], list[str]] = {}
-    for place, line in zip(lines.index, lines.to_dict("records"), strict=True):
-        at = (place, line["basis"])
-        if at not in rows:
-            rows[at] = {name: cell(line) for name, cell in CONTROL_CELLS.items()} | dict.fromkeys(order, "")
-        rows[at][line["control"]] = _against(line)
-        kinds.setdefault(at, []).append(line["interval"])
-    return _filled([row | {"images": " and ".join(sorted(set(filter(None, kinds[at]))))} for at, row in rows.items()])
-
-
-def _filled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Each cell on one line; columns that are empty in all rows are left out."""
-    filled = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
-    return [{name: _one_line(row[name]) for name in filled} for row in rows]
-
-
-def to_markdown(rows: list[dict[str, str]]) -> str:
-    """Cells in GitHub's Markdown; what is the same in all rows is said once, above them."""
-    common, rows = without_common(rows)
-    return (f"All rows: {_escaped(common)}.\n\n" if common else "") + markdown_table(rows)
-
-
-def markdown_table(rows: list[dict[str, str]]) -> str:
-    """Cells in GitHub's Markdown."""
-    from tabulate import tabulate
-
-    body = [[_escaped(text) for text in row.values()] for row in rows]
-    align = ["left" if name in WORDS else "right" for name in rows[0]]
-    return tabulate(body, list(rows[0]), tablefmt="github", disable_numparse=True, colalign=align)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def to_latex(table: pd.DataFrame) -> str:
-    """The table in LaTeX, for the package booktabs."""
-    from tabulate import tabulate
-
-    rows = cells(table)
-    align = ["left" if name in WORDS else "right" for name in rows[0]]
-    body = [list(row.values()) for row in rows]
-    text = tabulate(body, list(rows[0]), tablefmt="latex_booktabs", disable_numparse=True, colalign=align)
-    return f"% needs \\usepackage{{booktabs}}\n{text}\n"
-
-
-def to_rich(table: pd.DataFrame) -> Table:
-    """The table for the terminal: a rule between places; what is the same in all rows goes to the title."""
-    rows = cells(table)
-    places = [(row["dataset"], row["backbone"]) for row in rows]
-    title, rows = without_common(rows)
-    screen = rich_table(rows, title)
-    for screen_row, place, following in zip(screen.rows, places, [*places[1:], places[-1]], strict=True):
-        screen_row.end_section = place != following
-    return screen
-
-
-def without_common(rows: list[dict[str, str]]) -> tuple[str, list[dict[str, str]]]:
-    """What all rows have in common, as a title, and the rows without it."""
-    common = [name for name in TITLE if rows and name in rows[0] and len({row[name] for row in rows}) == 1]
-    title = ", ".join(f"{name} {rows[0][name]}" for name in common)
-    return title, [{k: v for k, v in row.items() if k not in common} for row in rows]
-
-
-def rich_table(rows: list[dict[str, str]], title: str) -> Table:
-    """Cells for the terminal; names are only text, never markup."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    head = Text(title) if title else None
-    screen = Table(title=head, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in rows[0]:
-        screen.add_column(Text(name), justify="left" if name in WORDS else "right")
-    for row in rows:
-        screen.add_row(*(Text(text) for text in row.values()))
-    return screen
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _number(value: float, form: str, unit: str = "") -> str:
-    return f"{value:{form}}{unit}" if value == value else ""
-
-
-def _millions(macs: float) -> str:
-    digits = ".0f" if macs >= 1e9 else ".2f" if macs >= 1e6 else "#.3g"  # tiny nets cost thousands, large ones billions
-    return _number(macs / 1e6, digits, " M")
-
-
-def _span(low: float, high: float) -> str:
-    return f"{_millions(low).removesuffix(' M')} - {_millions(high)}" if low < high else ""
-
-
-def _accuracy(mean: float, std: float, seeds: int) -> str:
-    return f"{100 * mean:.2f}" + (f" +- {100 * std:.2f} ({seeds})" if seeds > 1 else "")
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{low:+.2f} to {high:+.2f}" if low == low else ""
-
-
-def _versus(points: float, low: float) -> str:
-    """Marked where the routed row does not beat its control, be it for sure (the interval where there is one) or at all."""
-    return _number(points, "+.2f", f" {NOT_BEATEN}" if (low if low == low else points) <= 0 else "")
-
-
-def _against(line: Mapping[Any, Any]) -> str:
-    """A row beside one control: +1.11 +- 0.93, with what else must be known."""
-    half = _number((line["high"] - line["low"]) / 2, ".2f")
-    words = f"{line['difference']:+.2f}" + (f" +- {half}" if half else "")
-    words += "" if line["relation"] == EQUAL else f", {line['relation']}"
-    return words if line["beaten"] else f"{words} {NOT_BEATEN}"
-
-
-def _cost(cost: float, basis: str) -> str:
-    return f"{100 * cost:.1f} %" if basis == controls.FLOPS else f"{cost:.3g} ms"

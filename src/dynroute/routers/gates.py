@@ -48,7 +48,7 @@ class DmnnOptions:
     between; what is asked for is corrected until eval mode spends it. Empty: the one target. Ours."""
     budgets_per_image: int = 1
     """Budgets drawn for each image of a minibatch, spread over the range: the image runs once for each, in one step, and the
-    losses add up, as those of the widths of a slimmable net. Takes so many times as long. Ours."""
+    losses add up, as those of the widths of a slimmable net. Takes so many times the time and the memory. Ours."""
     epochs: int = 10
     """Epochs of joint training."""
     open_epochs: int = 0

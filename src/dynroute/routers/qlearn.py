@@ -70,7 +70,7 @@ class RnpOptions:
     buys each share is found by feedback and given to the agent. Empty: off. Ours."""
     budgets_per_image: int = 1
     """Budgets drawn for each image of a minibatch, spread over the range: the image runs once for each, in one step, and the
-    losses add up, as those of the widths of a slimmable net. Takes so many times as long. Ours."""
+    losses add up, as those of the widths of a slimmable net. Takes so many times the time and the memory. Ours."""
     alpha: float = 0.0
     """Scale of the classification loss in the reward; 0: so that its mean is 1 (the paper), measured on the train split."""
     baseline: bool = False
