@@ -31,17 +31,10 @@ CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
 }
 NOT_BEATEN = "not beaten"
 LOST = " x"  # ends a cell of a control that is not beaten: there are too many of them for words
-WORDS = frozenset(
-    {"method", "run", "backbone", "dataset", "certainty", "note", "at equal", "interval"}
-)  # aligned left, numbers right
-TITLE = (
-    "dataset",
-    "backbone",
-    "epochs",
-    "seeds",
-    "at equal",
-    "interval",
-)  # a terminal is narrow, and so is a telephone
+# aligned left, numbers right
+WORDS = frozenset({"method", "run", "backbone", "dataset", "certainty", "note", "at equal", "interval"})
+# said once where all rows share them: a terminal is narrow, and so is a telephone
+TITLE = ("dataset", "backbone", "epochs", "seeds", "at equal", "interval")
 CONTROL_CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     **{name: CELLS[name] for name in ("method", "run", "backbone", "dataset", "target", "top-1 %")},
     "at equal": lambda r: r["basis"],
