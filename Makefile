@@ -4,6 +4,7 @@
 # make cifar10_long  RNR and its static controls for 28 to 33 epochs, DMNN for 12: 8 rows of 15 to 55 minutes on one core
 # make budget  one net for any budget against a net for each
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
+# make wide    RNR, DMNN and a static net wide enough for skipping to save time: three rows of 25 to 60 minutes on one core
 # make bench   how fast skipping and training are on this machine
 # make pruned  filter pruning beside them (Torch-Pruning)   make shapes  is cost spent by difficulty?
 # make cifar100_small     DMNN and its controls, ResNet-20 on CIFAR-100: 13 rows of 8 to 55 minutes on one core
@@ -18,15 +19,16 @@ CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable
 CIFAR10_LONG := static28_40 static28_60 rnr28 rnr_40 rnr_50 rnr_60 rnr_80 dmnn_any
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
-CONV4 := start rnp vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
+CONV4 := start rnp rnp_joint vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_any4 rnp_40 rnp_60 rnp_60x4 rnp_80 dmnn_any dmnn_any4 dmnn_40 dmnn_60 dmnn_60x4 dmnn_80
 SHAPES := dense widths rnr
 CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 CIFAR100_LONGER := dense static_70 dmnn_70
+WIDE := rnr64 dmnn64 static64_50
 EPOCHS ?= 60
 
-.PHONY: demo test lint check format slow coverage ablation budget cifar10 cifar10_long conv4 cifar100 \
+.PHONY: demo test lint check format slow coverage ablation budget cifar10 cifar10_long conv4 wide cifar100 \
   table clean shapes pruned bench cifar100_small cifar100_longer cifar100_resnet50 cifar100_ablation
 
 .venv/ready: pyproject.toml
@@ -111,6 +113,11 @@ ablation: .venv/ready
 conv4: .venv/ready
 	$(call rows,conv4,$(CONV4),0.18 0.23 0.31 0.61 0.87 0.95)
 
+wide: .venv/ready
+	$(call rows,wide,$(WIDE),0.4 0.5 0.6)
+	$(BIN)/python benchmarks/trained.py runs/wide/rnr64 runs/wide/dmnn64 --flops-target 0.5
+	@$(MAKE) table
+
 # Do easy images cost less, where the difficulty of each is known?
 shapes: .venv/ready
 	$(call rows,shapes,$(SHAPES),0.4 0.5 0.6)
@@ -182,6 +189,8 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/ablation_comparison/table.md ablation
 	$(BIN)/dynroute compare experiments/results/cifar100/small --out experiments/results/cifar100_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_comparison/table.md cifar100
+	$(BIN)/dynroute compare experiments/results/wide --out experiments/results/wide_comparison
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/wide_comparison/table.md wide
 	$(BIN)/dynroute compare experiments/results/cifar100/longer --out experiments/results/cifar100_longer_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_longer_comparison/table.md cifar100_longer
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping

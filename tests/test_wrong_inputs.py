@@ -53,6 +53,7 @@ def place(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     torch.save(net.dense_state(), root / "resnet20.pt")
     torch.save([1, 2], root / "list.pt")
+    (root / "byte.pt").write_bytes(b"x")
     (root / "broken.yaml").write_text("optim: {lr: 0.1\nseed: 3\n")
     (root / "list.yaml").write_text("- seed\n- 3\n")
     (root / "key.yaml").write_text("optim:\n  learning_rate: 0.1\n")
@@ -177,6 +178,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a budget upside down": (["train", *SHORT_RNP, "router.budget=[0.8,0.2]"], "router.budget must be [low, high]"),
     "missing weights": (train("backbone.weights=nowhere.pt"), "cannot read nowhere.pt: No such file"),
     "weights that are a list": (train("backbone.weights=list.pt"), "list.pt holds no state dict of tensors"),
+    "weights of one byte": (train("backbone.weights=byte.pt"), "byte.pt was not loaded: broken or truncated"),
     "weights that run code": (train("backbone.weights=raw_attack/last.pt"), "could run code"),
     # data
     "missing npz": (train("data.name=npz", "data.path=nowhere.npz"), "nowhere.npz: no such file"),

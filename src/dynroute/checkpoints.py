@@ -14,6 +14,7 @@ from dynroute.records import write_file
 
 LAST, BEST = "last.pt", "best.pt"
 FORMAT = 1  # of checkpoints
+PICKLES = (b"P", b"\x80")  # first byte of what `torch.save` writes, and of other pickles
 
 
 def save_checkpoint(
@@ -44,13 +45,15 @@ def load_tensors(path: Path) -> Any:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    first = b""
     try:
         with file, warnings.catch_warnings():
+            first = file.peek(1)[:1]
             warnings.simplefilter("ignore")  # torch's remarks on foreign pickles; what matters becomes the error below
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise a dozen types for broken or unsafe files
         what = f"broken or truncated ({type(error).__name__})"
-        if "unsupported" in str(error).lower():
+        if "unsupported" in str(error).lower() and first in PICKLES:
             what = "it holds more than tensors and could run code"
         raise InputError(f"{path} was not loaded: {what}") from None
 
