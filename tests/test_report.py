@@ -350,6 +350,7 @@ def test_latex_escapes_names(tmp_path: Path) -> None:
     assert "a\\_b\\&c\\%" in text
     assert text.count("\\midrule") == 1
     assert "46.0" not in text and "50.0 \\%" in text
+    assert text.splitlines()[1].startswith("% All rows: dataset ") and text.count("resnet") == 1, "said once"
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:

@@ -127,14 +127,14 @@ def _escaped(text: str) -> str:
 
 
 def to_latex(table: pd.DataFrame) -> str:
-    """The table in LaTeX, for the package booktabs."""
+    """The table in LaTeX, for the package booktabs; a comment, for the caption, says what all rows have in common."""
     from tabulate import tabulate
 
-    rows = cells(table)
+    common, rows = without_common(cells(table))
     align = ["left" if name in WORDS else "right" for name in rows[0]]
     body = [list(row.values()) for row in rows]
     text = tabulate(body, list(rows[0]), tablefmt="latex_booktabs", disable_numparse=True, colalign=align)
-    return f"% needs \\usepackage{{booktabs}}\n{text}\n"
+    return "% needs \\usepackage{booktabs}\n" + (f"% All rows: {common}.\n" if common else "") + f"{text}\n"
 
 
 def to_rich(table: pd.DataFrame) -> Table:
