@@ -157,7 +157,12 @@ def test_milliseconds_become_a_target_by_the_table_of_this_machine(
     (row,) = evaluated(capsys, str(run), "--latency-target", "3")["rows"]
     assert row["flops_target"] == pytest.approx(0.4) and len(tried) == 4
     assert main(["eval", str(run), "--latency-target", "3"]) in (0, 3)
-    assert "3 ms an image were asked for; nearest came share 0.400, which took 4 ms" in capsys.readouterr().err
+    assert "3 ms an image were asked for; nearest comes share 0.400, at 4 ms" in capsys.readouterr().err
+    # noise has the dearer net faster: a try that took a little longer than asked for is no reason to give up
+    write_rows(run / "bench.csv", [{**timed[0], "images_per_s": 1e3 / 3.95}, timed[1]])
+    slower = 1.025
+    (row,) = evaluated(capsys, str(run), "--latency-target", "4")["rows"]
+    assert row["flops_target"] == pytest.approx(0.8)
     # rows of two hours, the second half as fast, each beside the dense net of its own: 5 ms, then 10
     compared = [{**timed[0], "speedup": 2.5}, {**timed[1], "speedup": 1.25, "images_per_s": 125}]
     write_rows(run / "bench.csv", compared)

@@ -54,6 +54,8 @@ def place(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     torch.save(net.dense_state(), root / "resnet20.pt")
     torch.save([1, 2], root / "list.pt")
     (root / "byte.pt").write_bytes(b"x")
+    (root / "words.pt").write_bytes(b"Please find the weights attached.")
+    (root / "old_attack.pt").write_bytes(pickle.dumps(Attack(), protocol=0))
     (root / "broken.yaml").write_text("optim: {lr: 0.1\nseed: 3\n")
     (root / "list.yaml").write_text("- seed\n- 3\n")
     (root / "key.yaml").write_text("optim:\n  learning_rate: 0.1\n")
@@ -179,6 +181,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "missing weights": (train("backbone.weights=nowhere.pt"), "cannot read nowhere.pt: No such file"),
     "weights that are a list": (train("backbone.weights=list.pt"), "list.pt holds no state dict of tensors"),
     "weights of one byte": (train("backbone.weights=byte.pt"), "byte.pt was not loaded: broken or truncated"),
+    "weights in words": (train("backbone.weights=words.pt"), "words.pt was not loaded: broken or truncated"),
+    "old weights that run code": (train("backbone.weights=old_attack.pt"), "could run code"),
     "weights that run code": (train("backbone.weights=raw_attack/last.pt"), "could run code"),
     # data
     "missing npz": (train("data.name=npz", "data.path=nowhere.npz"), "nowhere.npz: no such file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickletools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from dynroute.records import write_file
 
 LAST, BEST = "last.pt", "best.pt"
 FORMAT = 1  # of checkpoints
-PICKLES = (b"P", b"\x80")  # first byte of what `torch.save` writes, and of other pickles
+CALLS = {
+    "GLOBAL",
+    "STACK_GLOBAL",
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "REDUCE",
+    "BUILD",
+}  # of a pickle: these find and call
 
 
 def save_checkpoint(
@@ -45,17 +55,24 @@ def load_tensors(path: Path) -> Any:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    first = b""
     try:
         with file, warnings.catch_warnings():
-            first = file.peek(1)[:1]
             warnings.simplefilter("ignore")  # torch's remarks on foreign pickles; what matters becomes the error below
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise a dozen types for broken or unsafe files
-        what = f"broken or truncated ({type(error).__name__})"
-        if "unsupported" in str(error).lower() and first in PICKLES:
+        what, said = f"broken or truncated ({type(error).__name__})", str(error).lower()
+        if "unsupported global" in said or ("unsupported operand" in said and _calls(path)):
             what = "it holds more than tensors and could run code"
         raise InputError(f"{path} was not loaded: {what}") from None
+
+
+def _calls(path: Path) -> bool:
+    """Whether a file is a pickle that calls something when it is loaded, as far as it can be read; nothing is called."""
+    try:
+        with path.open("rb") as file:
+            return any(operation.name in CALLS for operation, _, _ in pickletools.genops(file))
+    except Exception:  # not a pickle: as many types as there are ways to be none
+        return False
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -48,7 +48,7 @@ from dynroute.records import (
 
 CALIBRATED_ON = 2500  # images of the calibration split over which a price is searched; shares transfer within 0.01
 LATENCY_SECONDS, LATENCY_TRIES = 2.0, 4  # of each try of a time asked for
-LATENCY_CLOSE, LATENCY_MET = 0.03, 0.1  # how near needs no other try, and how near is near enough
+LATENCY_CLOSE, LATENCY_MET = 0.03, 0.1  # how near ends the tries, from the second on, and how near is near enough
 
 
 @dataclass
@@ -162,29 +162,31 @@ class Evaluator:
         return [round(low + (high - low) * i / (count - 1), 4) for i in range(count)]
 
     def share_at(self, ms: float) -> float:
-        """The share at which an image alone takes so many milliseconds in the mean. Raises as `latency_table` does.
+        """The share at which an image alone takes so many milliseconds in the mean. Raises as `latency_table` does, and
+        OutOfReach where even the cheapest share of the table is slower.
 
-        The table's share is tried on images of the calibration split, and the table corrected by the time it took; what
-        comes nearest in a few tries is returned, and a remark is left where that is not near. A try tells how the net
+        The table's share is tried on images of the calibration split, and the table corrected by what came of it, a few
+        times; the share is returned that comes nearest, with a remark where that is not near. A try tells how the net
         compares with the dense one in the same rounds; how fast that is, all tries tell together, since machines waver.
         """
         table = latency_table(self.folder, self.net, self.config, self.data.spec, self.device)
         plan = Plan(seconds=LATENCY_SECONDS, modes=frozenset({"dense", "skipping"}))
-        share, tried, dense = share_for_latency(table, ms), list[tuple[float, float]](), list[float]()
+        share = share_for_latency(table, ms)
+        dense: list[float] = []  # milliseconds of the dense net at each try
+        over_dense: dict[float, list[float]] = {}  # by share: times of the net over those of the dense one
         while True:
             rows = self.bench([Point(share, self.fitted(share).setting)], plan, "calib").rows
             dense.append(next(1e3 / row.images_per_s for row in rows if row.mode == "dense_best"))
-            tried.append((share, 1e3 / rows[-1].images_per_s / dense[-1]))
-            times = [(known, fmean(dense) * slower) for known, slower in tried]
-            took = times[-1][1]
-            if len(tried) == LATENCY_TRIES or (abs(took / ms - 1) <= LATENCY_CLOSE and len(tried) > 1):
+            over_dense.setdefault(share, []).append(1e3 / rows[-1].images_per_s / dense[-1])
+            takes = {tried: fmean(dense) * fmean(ratios) for tried, ratios in over_dense.items()}
+            if len(dense) == LATENCY_TRIES or (abs(takes[share] / ms - 1) <= LATENCY_CLOSE and len(dense) > 1):
                 break
-            slower = took / latency_for_share(table, share)
-            now = [(known, slower * time) for known, time in table]
-            share = share_for_latency(now, max(ms, min(time for _, time in now)))
-        share, took = min(times, key=lambda each: abs(each[1] / ms - 1))
-        if abs(took / ms - 1) > LATENCY_MET:
-            remark = f"{ms:g} ms an image were asked for; nearest came share {share:.3f}, which took {took:.3g} ms"
+            over_table = takes[share] / latency_for_share(table, share)
+            now = [(known, over_table * time) for known, time in table]
+            share = share_for_latency(now, max(ms, min(now)[1]))
+        share = min(takes, key=lambda tried: abs(takes[tried] / ms - 1))
+        if abs(takes[share] / ms - 1) > LATENCY_MET:
+            remark = f"{ms:g} ms an image were asked for; nearest comes share {share:.3f}, at {takes[share]:.3g} ms"
             self.remarks = (*self.remarks, remark)
         return share
 
