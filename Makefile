@@ -114,7 +114,7 @@ conv4: .venv/ready
 	$(call rows,conv4,$(CONV4),0.18 0.23 0.31 0.61 0.87 0.95)
 
 wide: .venv/ready
-	$(call rows,wide,$(WIDE),0.4 0.5 0.6)
+	$(call rows,wide,$(WIDE),0.5)
 	$(BIN)/python benchmarks/trained.py runs/wide/rnr64 runs/wide/dmnn64 --flops-target 0.5
 	@$(MAKE) table
 
