@@ -15,16 +15,8 @@ from dynroute.records import write_file
 
 LAST, BEST = "last.pt", "best.pt"
 FORMAT = 1  # of checkpoints
-CALLS = {
-    "GLOBAL",
-    "STACK_GLOBAL",
-    "INST",
-    "OBJ",
-    "NEWOBJ",
-    "NEWOBJ_EX",
-    "REDUCE",
-    "BUILD",
-}  # of a pickle: these find and call
+# operations of a pickle that find something or call it
+CALLS = frozenset(["GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"])
 
 
 def save_checkpoint(

@@ -162,12 +162,12 @@ class Evaluator:
         return [round(low + (high - low) * i / (count - 1), 4) for i in range(count)]
 
     def share_at(self, ms: float) -> float:
-        """The share at which an image alone takes so many milliseconds in the mean. Raises as `latency_table` does, and
-        OutOfReach where even the cheapest share of the table is slower.
+        """The share at which an image alone takes so many milliseconds in the mean.
 
         The table's share is tried on images of the calibration split, and the table corrected by what came of it, a few
         times; the share is returned that comes nearest, with a remark where that is not near. A try tells how the net
         compares with the dense one in the same rounds; how fast that is, all tries tell together, since machines waver.
+        Raises as `latency_table` does, and OutOfReach where even the cheapest share of the table is slower.
         """
         table = latency_table(self.folder, self.net, self.config, self.data.spec, self.device)
         plan = Plan(seconds=LATENCY_SECONDS, modes=frozenset({"dense", "skipping"}))
