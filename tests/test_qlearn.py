@@ -14,6 +14,7 @@ from dynroute.assembly import inference_parameters
 from dynroute.contracts import Advice, Batch, InputError, Output, Trace, UnitSpec
 from dynroute.net import RoutedNet
 from dynroute.routers.base import classification_loss, stacked
+from dynroute.routers.charges import LIMITS
 from dynroute.routers.qlearn import QRouter, RnpOptions, RnrOptions, action_costs, action_keeps, phases, random_widths
 from dynroute.routers.td import next_values, rewards, td_loss, td_targets
 from dynroute.testing import check_router
@@ -83,6 +84,52 @@ def test_the_loss_by_hand() -> None:
     targets = [reward[0] + 0.5 * q[1].max(), reward[1] - 2.0 * own]
     by_hand = sum((q[u, action[u]] - targets[u]) ** 2 for u in range(2)) / 2
     assert q_loss(out, batch, options, alpha=2.0).item() == pytest.approx(float(by_hand), rel=1e-5)
+
+
+@pytest.mark.parametrize("td", ["mse", "huber"])
+def test_errors_are_in_parts_of_the_size_of_an_images_returns(td: str) -> None:
+    out, batch = made_up(images=2)
+    options = RnpOptions(td=td)
+    plain = [float(q_loss(*one(out, batch, i), options, alpha=0.1)) for i in (0, 1)]
+    size_BU = torch.tensor([1.0, 5.0])[:, None].expand(2, 2)
+    sized = Output(out.logits_BK, Trace(out.trace.keep_BUG, out.trace.notes | {"size": size_BU}), out.macs_B)
+    alone = [float(q_loss(*one(sized, batch, i), options, alpha=0.1)) for i in (0, 1)]
+    assert alone[0] == pytest.approx(plain[0]) and alone[1] < plain[1] / 5
+    if td == "mse":
+        assert alone[1] == pytest.approx(plain[1] / 25)
+    assert float(q_loss(sized, batch, options, alpha=0.1)) == pytest.approx(sum(alone) / 2)
+
+
+def test_the_size_of_returns_grows_with_the_charge_and_is_known_only_where_charges_vary() -> None:
+    router = QRouter([NESTED], RnpOptions(charge=[0.0, 0.4])).train()
+    x = torch.randn(6, 4, 2, 2)
+    memory = router.begin(x)
+    notes = router.decide(0, x, memory)[0].notes
+    assert notes["size"].tolist() == pytest.approx((1 + memory.charge_B).tolist())
+    fixed = QRouter([NESTED], RnpOptions()).train()
+    assert "size" not in fixed.decide(0, x, fixed.begin(x))[0].notes
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn"])
+def test_the_agent_judges_in_fp32_where_the_net_trains_in_bf16(cell: str) -> None:
+    router = QRouter([NESTED, NESTED], RnpOptions(cell=cell)).eval()
+    x = torch.randn(8, 4, 2, 2)
+    judged = []
+    for amp in (False, True):
+        memory = router.begin(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            first, memory = router.decide(0, x, memory)
+            second, _ = router.decide(1, x, memory)
+        judged.append(torch.stack([first.notes["q"], second.notes["q"]]))
+    assert judged[1].dtype == torch.float32 and torch.equal(*judged)
+
+
+def test_a_range_of_charges_is_not_trained_with_the_agent_frozen() -> None:
+    options = RnpOptions(charge=[0.0, 0.3])
+    backbone = make_backbone(unit="channels")
+    net = RoutedNet(backbone, QRouter(backbone.specs, options))
+    with pytest.raises(InputError, match=r"router\.cnn_epochs=0"):
+        list(phases(net, options))
 
 
 def test_the_terminal_reward_is_each_images_own_loss() -> None:
@@ -438,7 +485,7 @@ def test_a_budget_that_no_charge_makes_true_is_paid_for() -> None:
         router.correct_charges(asked, torch.full((8,), 0.6), (0.1, 1.0))
         charges.append(float(router._charge(asked[:1])))
     assert charges == sorted(charges, reverse=True)
-    assert charges[0] > 0 and charges[-1] == pytest.approx(-1.0, rel=1e-4)
+    assert charges[0] > 0 and charges[-1] == pytest.approx(-LIMITS[1], rel=1e-4)
     memory = router.begin(torch.randn(3, 3, 4, 4))._replace(charge_B=torch.tensor([-1.0, 0.0, 1.0]))
     far = math.asinh(1 / 2e-3)
     assert router.told_of(memory)[:, 0].tolist() == pytest.approx(

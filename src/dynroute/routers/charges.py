@@ -16,7 +16,7 @@ from dynroute.routers.budget import KNOTS
 
 FEEDBACK = 0.1  # step of a charge on the table's scale, per minibatch and per share missed
 FIRST = (0.3, 0.01)  # where the table starts, at its cheapest and its dearest budget
-LIMITS = (-1.0, 1.0)  # what it never leaves; below zero, what runs is paid for
+LIMITS = (-10.0, 10.0)  # what it never leaves; below zero, what runs is paid for
 EVEN = 2e-3  # about the size of charges up to which the scale is even and beyond which it is logarithmic
 MIDDLE, SPREAD = 4.0, 3.0  # of usual places on that scale, for `told`
 

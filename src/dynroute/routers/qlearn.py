@@ -192,13 +192,14 @@ class Agent(nn.Module):
 
     def forward(self, u: int, x_BC: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Q-values (B, A) of unit u and the next hidden state."""
-        code_BD = F.relu(self.encoders[u](x_BC))
-        h_BD, c_BD = (part.to(code_BD.dtype) for part in hidden)
-        if self.lstm:
-            h_BD, c_BD = self.cell(code_BD, (h_BD, c_BD))
-        else:
-            h_BD = self.cell(code_BD, h_BD)
-        return self.decoders[u](h_BD).float(), (h_BD, c_BD)
+        h_BD, c_BD = hidden
+        with torch.autocast(x_BC.device.type, enabled=False):  # Q-values differ by less than bf16 can tell
+            code_BD = F.relu(self.encoders[u](x_BC))
+            if self.lstm:
+                h_BD, c_BD = self.cell(code_BD, (h_BD, c_BD))
+            else:
+                h_BD = self.cell(code_BD, h_BD)
+            return self.decoders[u](h_BD), (h_BD, c_BD)
 
 
 class QRouter(Router):
@@ -259,7 +260,7 @@ class QRouter(Router):
         """Best action, or a random one with probability epsilon in training.
 
         Notes: q_BA, slow_BA (with a slow copy), action_B, greedy_B (the best action), reward_B (its part for the cost),
-        asked_B (the budget or charge).
+        asked_B (the budget or charge), size_B (of the returns, where charges vary: one and the charge).
         """
         pooled_BC = self.norms[u](x_BCHW.detach().float().mean((2, 3)))  # the TD loss must not teach the CNN
         if self.conditioned:
@@ -281,6 +282,8 @@ class QRouter(Router):
             "reward": -state.charge_B * self.get_buffer(f"cost_{u}")[action_B],
             "asked": state.asked_B,
         }
+        if self.conditioned:
+            notes["size"] = 1 + state.charge_B.abs()
         after: tuple[tuple[Tensor, Tensor], ...] = (hidden,)
         if self.slow is not None:
             with torch.no_grad():
@@ -400,9 +403,9 @@ def phases(net: Net, options: RnpOptions) -> Iterator[Phase]:
     """pretrain -> widths -> (agent -> cnn) x rounds -> joint, as Algorithm 1 of RNP and the stages of its code."""
     router = net.router
     assert isinstance(router, QRouter)
-    if options.budget and options.cnn_epochs and options.rounds:
+    if router.conditioned and options.cnn_epochs and options.rounds:
         raise InputError(
-            "router.budget trains agent and CNN together, under budgets drawn for each image: set router.cnn_epochs=0 "
+            "a range of budgets or charges trains agent and CNN together, each image under its own: set router.cnn_epochs=0 "
             "and router.joint_epochs"
         )
 

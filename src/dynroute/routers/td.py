@@ -57,8 +57,13 @@ def rewards(out: Output, batch: Batch, alpha: float | Tensor, loss_B: Tensor, ba
 
 
 def td_loss(out: Output, reward_BU: Tensor, options: RnpOptions) -> Tensor:
-    """Mean squared (or Huber) TD error over images and units."""
+    """Mean squared (or Huber) TD error over images and units, in parts of the size of each image's returns (ours).
+
+    Else images asked for cheap routes, whose charge is large, would drown the others.
+    """
     notes = out.trace.notes
     taken_BU = notes["q"].gather(2, notes["action"][:, :, None])[:, :, 0]
     targets_BU = td_targets(next_values(notes, options.double_q), reward_BU, options.gamma, options.trace)
+    if "size" in notes:
+        taken_BU, targets_BU = taken_BU / notes["size"], targets_BU / notes["size"]
     return F.huber_loss(taken_BU, targets_BU) if options.td == "huber" else F.mse_loss(taken_BU, targets_BU)
