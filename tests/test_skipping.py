@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynroute.contracts import InputError, Setting
 from dynroute.net import RoutedNet
+from dynroute.routers import legal, stacked
 from dynroute.skipping import FastNet, cache, chain, kernels, load_forms, packed_works, save_forms
 from dynroute.skipping import unit as unit_room
-from dynroute.skipping.cache import Key, Programs
+from dynroute.skipping.cache import LOOK_AGAIN, Key, Programs
 from dynroute.skipping.forms import forms_for
 from dynroute.skipping.kernels import Conv
 from dynroute.skipping.lowering import straight
-from dynroute.skipping.unit import MASKED, SORTED, VIEWS
+from dynroute.skipping.unit import MASKED, SORTED, VIEWS, Scratch, gathered
 from dynroute.testing import close, count_macs, random_routes, shake
 from dynroute.units import FORMS
 from tiny import BLOCK_FORMS, PAIRS, make_net, pictures
@@ -130,7 +135,38 @@ def test_what_is_asked_for_more_often_takes_the_room() -> None:
     assert list(programs.kept) == [Key(0, often, None)]
 
 
-def test_modules_are_made_once_and_the_oldest_goes_first() -> None:
+@pytest.mark.parametrize("parts", [4, 8])
+def test_nested_widths_without_room_are_not_made_again_and_again(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With eight widths they take 4.5 times the weights, with 3 allowed."""
+    net, x = make_net("static", "channels", parts=parts, width=16), pictures(64)
+    keep, made = random_routes(net.backbone.specs, 64), []
+    fast, wanted, lower = FastNet(net), net(x, keep).logits_BK, cache.lower
+    monkeypatch.setattr(cache, "lower", lambda *args: made.append(args) or lower(*args))
+    for _ in range(LOOK_AGAIN + 2):
+        assert close(fast(x, keep).logits_BK, wanted)
+    patterns = sum(len(keep[:, u].unique(dim=0)) for u in range(3))
+    assert len(made) <= patterns + 3
+    assert fast.programs.bytes <= fast.programs.limit
+
+
+def test_what_was_asked_for_long_ago_counts_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "FADE", 50)
+    net = make_net("static", "paths", parts=4)
+    unit = net.backbone.routable[2]
+    programs = Programs([unit], 3 * 4 * sum(p.numel() for p in unit.parameters()), packed=False)
+    before, now = Key(0, (True, True, True, False), None), Key(0, (False, True, True, True), None)
+    for _ in range(200):
+        programs.of(before)
+    assert list(programs.kept) == [before]
+    for _ in range(200):
+        programs.of(now)
+    assert list(programs.kept) == [now]
+    for _ in range(500):
+        programs.of(now)
+    assert set(programs.asked) == set(programs.sizes) == {now}
+
+
+def test_modules_are_made_once_and_a_pattern_without_room_takes_none() -> None:
     net, x = make_net("static", "channels", parts=4), pictures(1)
     whole = FastNet(net)
     whole(x, net.dense_routes(1))
@@ -138,11 +174,11 @@ def test_modules_are_made_once_and_the_oldest_goes_first() -> None:
     whole(x, net.dense_routes(1))
     assert all(whole.programs.kept[key] is program for key, program in made.items())
     tight = FastNet(net, memory=1.1)
-    narrow = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(1, 3, 4)
-    for keep in (net.dense_routes(1), narrow):
-        tight(x, keep)
-    last = (True, True, True, False)
-    assert [key for key in tight.programs.kept if key.unit == 2] == [Key(2, last, None)]
+    narrow = net.dense_routes(1).clone()
+    narrow[:, 2, 3] = 0
+    for keep in (net.dense_routes(1), net.dense_routes(1), narrow):
+        assert close(tight(x, keep).logits_BK, net(x, keep).logits_BK)
+    assert [sum(key.own) for key in tight.programs.kept if key.unit == 2] == [4]
 
 
 @pytest.mark.parametrize("unit", BLOCK_FORMS)
@@ -262,7 +298,7 @@ def test_without_packed_convolutions_plain_ones_run(monkeypatch: pytest.MonkeyPa
         kernels.packed_works.cache_clear()
 
 
-def test_a_fast_net_is_a_snapshot_and_leaves_the_net_alone() -> None:
+def test_a_fast_net_leaves_the_net_alone_and_a_changed_net_gives_another() -> None:
     net, x = make_net("static", "paths", shortcut="B"), pictures(4)
     state = {key: value.clone() for key, value in net.state_dict().items()}
     fast = FastNet(net)
@@ -315,3 +351,114 @@ def test_threads_keep_their_prices_apart(name: str, unit: str) -> None:
     assert len(wanted.flatten(1).unique(dim=0)) > 1
     for _ in range(20):
         assert torch.equal(fast(x).trace.keep_BUG, wanted)
+
+
+def test_a_thread_started_later_computes_with_as_many_cores_as_before() -> None:
+    """Torch gives a new thread what some thread has set last: the workers must all have set theirs before."""
+    net, x = make_net("static", "channels"), pictures(4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        FastNet(net, threads=4)(x, net.dense_routes(4))
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "unit"), [("resnet8", "paths"), ("resnet8", "channels"), ("conv4_bn", "channels")]
+)
+def test_a_net_that_decides_nothing_looks_nothing_up(backbone: str, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = make_net("static", unit, name=backbone, parts=4), pictures(5)
+    fast = FastNet(net)
+    for price in (0.0, 0.5):
+        net.router.price = price
+        wanted = net(x)
+        for images in (1, 5):
+            out = fast(x[:images])
+            assert close(out.logits_BK, wanted.logits_BK[:images])
+            assert torch.equal(out.trace.keep_BUG, wanted.trace.keep_BUG[:images])
+            assert torch.equal(out.macs_B, wanted.macs_B[:images])
+    monkeypatch.setattr(Programs, "of", lambda *args: pytest.fail("looked up"))
+    assert close(fast(x).logits_BK, wanted.logits_BK)
+    assert fast.warm_up(x) == []
+
+
+def test_gathering_never_overwrites_what_it_reads() -> None:
+    scratch, x = Scratch(), pictures(6).contiguous(memory_format=torch.channels_last)
+    mine = wanted = x
+    for index in ([5, 4, 3, 2, 1, 0], [1, 0, 3, 2, 5, 4], [2, 0, 1, 5, 3, 4]):
+        mine, wanted = scratch.gathered(mine, index), gathered(wanted, index)
+        assert torch.equal(mine, wanted) and mine.is_contiguous(memory_format=torch.channels_last)
+    small = scratch.gathered(mine[:2, :1], [1, 0])
+    assert torch.equal(small, mine[[1, 0], :1]) and torch.equal(mine, wanted)
+    assert len(scratch.stretches) == 2
+
+
+def test_making_programs_draws_no_random_numbers() -> None:
+    for name, unit in PAIRS:
+        net, x = make_net(name, unit), pictures(4)
+        before = torch.get_rng_state()
+        FastNet(net)(x)
+        assert torch.equal(torch.get_rng_state(), before), (name, unit)
+
+
+def test_a_net_put_into_training_meanwhile_is_run_in_eval() -> None:
+    net, x = make_net("static", "channels"), pictures(8)
+    fast, keep = FastNet(net), random_routes(net.backbone.specs, 8)
+    fast.forms = {8: [MASKED] * 3}
+    wanted, state = fast(x, keep).logits_BK, {k: v.clone() for k, v in net.state_dict().items()}
+    net.train()
+    assert torch.equal(fast(x, keep).logits_BK, wanted)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+NETS: dict[tuple[str, str, str], RoutedNet] = {}
+BODIES = [("resnet8", pair) for pair in PAIRS] + [
+    ("conv4", ("rnp", "channels")),
+    ("conv4_bn", ("rnr", "channels")),
+    ("mobilenet_v2", ("dmnn", "paths")),
+    ("mobilenet_v2", ("rnr", "channels")),
+]
+
+
+def form_of(name: str) -> dict[str, int]:
+    """What a body is built with besides its name: MobileNetV2 comes in one width."""
+    return {"size": 32, "width": 0} if name == "mobilenet_v2" else {}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    body=st.sampled_from(BODIES),
+    images=st.sampled_from([1, 2, 7, 32]),
+    kind=st.sampled_from(["router", "random", "on", "off"]),
+    run=st.fixed_dictionaries(
+        {"memory": st.sampled_from([0.3, 1.5, 3.0]), "threads": st.sampled_from([1, 2]), "packed": st.booleans()}
+    ),
+    form=st.sampled_from([None, VIEWS, SORTED, MASKED]),
+    seed=st.integers(0, 5),
+)
+def test_whatever_the_net_and_its_routes_the_fast_run_is_the_masked_run(
+    body: tuple[str, tuple[str, str]], images: int, kind: str, run: dict[str, Any], form: str | None, seed: int
+) -> None:
+    name, (router, unit) = body
+    if (name, router, unit) not in NETS:
+        NETS[name, router, unit] = make_net(router, unit, name=name, **form_of(name))
+    net = NETS[name, router, unit]
+    x = pictures(images, seed, form_of(name).get("size", 16))
+    torch.manual_seed(seed)
+    keep = {
+        "router": lambda: None,
+        "random": lambda: random_routes(net.backbone.specs, images),
+        "on": lambda: net.dense_routes(images),
+        "off": lambda: stacked([legal(torch.zeros(images, s.parts), s) for s in net.backbone.specs]),
+    }[kind]()
+    fast, units = FastNet(net, **run), len(net.backbone.specs)
+    fast.forms = {} if form is None or fast.chain else {-(-images // run["threads"]): [form] * units}
+    wanted = net(x, keep)
+    for _ in range(2):
+        out = fast(x, keep)
+        assert close(out.logits_BK, wanted.logits_BK)
+        assert torch.equal(out.trace.keep_BUG.bool(), wanted.trace.keep_BUG.bool())
+        assert torch.equal(out.macs_B, wanted.macs_B)

@@ -24,6 +24,7 @@ from dynroute.export import OUTPUTS, SkippingGraph, Unavailable
 from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
 from dynroute.routers import Router
+from dynroute.routers.static import StaticOptions, StaticRouter
 from dynroute.skipping import FastNet, Forms
 
 POOL = 256  # images at least through which the rounds rotate, where the data have so many
@@ -149,9 +150,10 @@ class _Cases:
         if "dense" in modes:
             yield "dense", self.plain(self.dense)
             body = self.dense.backbone
-            fast = executor(RoutedNet(body, Router(body.specs)).to(x.device))
-            every_BUG = fast.net.dense_routes(self.plan.batch).to(x)
-            yield "executor", self.plain(lambda x: fast(x, every_BUG))
+            yield (
+                "executor",
+                self.plain(executor(RoutedNet(body, StaticRouter(body.specs, StaticOptions())).to(x.device))),
+            )
         for mode, make in (("compiled", compiled), ("onnxruntime", onnxruntime)):
             if mode in modes:
                 try:

@@ -5,16 +5,21 @@ A pattern is what an image keeps of a unit, and of the unit which that one reads
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from threading import Lock
 from typing import NamedTuple
 
-from dynroute.skipping.lowering import Narrowed, Straight, Summed, lower, straight
+import torch
+from torch import Tensor
+
+from dynroute.skipping.lowering import Narrowed, Straight, Summed, lower, straight, widened
 from dynroute.units import ConvUnit, Unit
 
 Program = Straight | Summed | Narrowed
-LOOK_AGAIN = 16  # a pattern that found no room is considered again after being asked for so often (ours)
+LOOK_AGAIN = 16  # a pattern that found no room is considered again after being asked for so often;
+BETTER = 1.25  # times as much asked for per byte as what it would take the place of;
+FADE = 1 << 14  # patterns asked for after which what was asked before counts half (all ours)
 
 
 class Key(NamedTuple):
@@ -28,21 +33,22 @@ class Key(NamedTuple):
 class Programs:
     """What the fast run executes for each pattern, at most `limit` bytes of weights.
 
-    Where patterns are sums (`in_pieces`) nothing is made twice: a pattern for which there is no room is run in pieces, all
-    of which have room set aside. It takes the place of kept ones that are asked for less often per byte. For other units the
-    pattern that was used longest ago goes. Ours.
+    A pattern for which there is no room is run in pieces where patterns are sums (`in_pieces`; all pieces have room set aside),
+    else with everything computed, by the plain unit: making it anew at every call would cost more than either. It takes the
+    place of kept ones that are asked for less often per byte. Ours.
     """
 
     def __init__(self, units: Sequence[Unit], limit: float, packed: bool) -> None:
         self.units, self.limit, self.packed = units, limit, packed
-        self.kept: OrderedDict[Key, Program] = OrderedDict()
+        self.kept: dict[Key, Program] = {}
         self.pieces: dict[Key, Program] = {}
+        self.instead: dict[Key, list[Program]] = {}  # of patterns without room, as long as they have none
         self.asked: Counter[Key] = Counter()
         self.sizes: dict[Key, int] = {}
         aside = sum(_weights(unit) * copies(unit) for unit in units if in_pieces(unit))
         self.in_pieces = [in_pieces(unit) and aside <= limit for unit in units]
         self.set_aside = aside if any(self.in_pieces) else 0.0
-        self.used = 0
+        self.used, self.calls = 0, 0
         self.lock = Lock()
 
     @property
@@ -54,24 +60,33 @@ class Programs:
         """The program of a pattern, or the programs whose sum it is. Several threads may ask."""
         with self.lock:
             self.asked[key] += 1
-            if key in self.kept:
-                self.kept.move_to_end(key)
-                return [self.kept[key]]
-            return self._made(key)
+            self.calls += 1
+            if self.calls % FADE == 0:
+                self._fade()
+            found = self.kept.get(key)
+            return self._made(key) if found is None else [found]
+
+    def _fade(self) -> None:
+        """Count what was asked so far half, and forget what is hardly asked for."""
+        self.asked = Counter({key: count // 2 for key, count in self.asked.items() if count > 1 or key in self.kept})
+        self.sizes = {key: size for key, size in self.sizes.items() if key in self.asked}
+        self.instead = {key: found for key, found in self.instead.items() if key in self.asked}
 
     def _made(self, key: Key) -> list[Program]:
-        if not self.in_pieces[key.unit]:
-            program = self._lowered(key)
-            while self.kept and self.used + size(program) > self.limit - self.set_aside:
-                self._drop(next(iter(self.kept)))
-            return [self._keep(key, program)]
         if self.asked[key] % LOOK_AGAIN == 1:
             fresh = None if key in self.sizes else self._lowered(key)
             if fresh is not None:
                 self.sizes[key] = size(fresh)
             if self._room(key):
                 return [self._keep(key, fresh or self._lowered(key))]
-        return [self._piece(part) for part in self._parted(key)]
+        instead = self.instead.get(key)
+        if instead is None:
+            if self.in_pieces[key.unit]:
+                instead = [self._piece(part) for part in self._parted(key)]
+            else:
+                instead = [unnarrowed(self.units[key.unit], key)]
+            self.instead[key] = instead
+        return instead
 
     def _parted(self, key: Key) -> list[Key]:
         """The pattern in pieces, a part of the unit read each, or at most two neighbouring parts of its own."""
@@ -96,6 +111,7 @@ class Programs:
 
     def _keep(self, key: Key, program: Program) -> Program:
         """Store it, room being there."""
+        self.instead.pop(key, None)
         self.kept[key], self.sizes[key] = program, size(program)
         self.used += self.sizes[key]
         return program
@@ -106,7 +122,7 @@ class Programs:
         free = self.limit - self.set_aside - self.used
         victims: list[Key] = []
         for other in sorted(self.kept, key=self._worth):
-            if free >= need or self._worth(other) >= self._worth(key):
+            if free >= need or BETTER * self._worth(other) >= self._worth(key):
                 break
             victims.append(other)
             free += self.sizes[other]
@@ -125,6 +141,25 @@ class Programs:
 
     def _lowered(self, key: Key) -> Program:
         return lower(self.units[key.unit].narrow(key.own, key.above), self.packed)
+
+
+def unnarrowed(unit: Unit, key: Key) -> Program:
+    """A pattern with everything computed: nothing is made for it, and nothing saved."""
+
+    def of(keep: tuple[bool, ...], x_NCHW: Tensor) -> Tensor:
+        return torch.tensor(keep, dtype=x_NCHW.dtype, device=x_NCHW.device).expand(len(x_NCHW), -1)
+
+    if not isinstance(unit, ConvUnit):
+        return Straight([lambda x_NCHW: unit(x_NCHW, of(key.own, x_NCHW))])
+    kept, width = sum(unit.sizes[: sum(key.own)]), unit.spec.in_channels
+    inputs = width if key.above is None else sum(unit.sizes_in[: sum(key.above)])
+
+    def layer(x_NCHW: Tensor) -> Tensor:
+        above = () if key.above is None else (of(key.above, x_NCHW),)
+        out_NCHW: Tensor = unit(widened(x_NCHW, width - inputs), of(key.own, x_NCHW), *above)
+        return out_NCHW[:, :kept].contiguous(memory_format=torch.channels_last)
+
+    return Narrowed(Straight([layer]), slice(0, inputs), sum(unit.sizes) - kept)
 
 
 def in_pieces(unit: Unit) -> bool:

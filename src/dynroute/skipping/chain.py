@@ -41,15 +41,15 @@ class FastLayer:
         """The layer's slabs. keys: the pattern of each image of the minibatch, by number."""
         if len(slabs) == 1 and len(own_of(slabs[0].images, keys)) == 1:  # one image, above all
             slab, key = slabs[0], keys[slabs[0].images[0]]._replace(above=slabs[0].above)
-            return [Slab(slab.images, self._run(slab.x_NCHW, self.programs.of(key)), key.own)]  # type: ignore[arg-type]
+            return [Slab(slab.images, self.run(slab.x_NCHW, self.programs.of(key)), key.own)]  # type: ignore[arg-type]
         slabs, out = self._joined(slabs, keys), []
         for slab in self._widest(slabs, keys):
             for images, x_NCHW in self._split(slab, keys):
                 key = keys[images[0]]._replace(above=slab.above)
-                out.append(Slab(images, self._run(x_NCHW, self.programs.of(key)), key.own))  # type: ignore[arg-type]
+                out.append(Slab(images, self.run(x_NCHW, self.programs.of(key)), key.own))  # type: ignore[arg-type]
         return out
 
-    def _run(self, x_NCHW: Tensor, programs: Sequence[Narrowed]) -> Tensor:
+    def run(self, x_NCHW: Tensor, programs: Sequence[Narrowed]) -> Tensor:
         """One program, or several that read different channels, summed, then ReLU and pooling."""
         if not programs[0].partial:
             return programs[0].body(x_NCHW)

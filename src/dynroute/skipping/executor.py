@@ -13,22 +13,34 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynroute.contracts import Output
+from dynroute.contracts import Output, Setting, Trace
 from dynroute.net import RoutedNet, stack
 from dynroute.routers import Router
-from dynroute.skipping.cache import Key, Programs
+from dynroute.skipping.cache import Key, Program, Programs
 from dynroute.skipping.chain import FastLayer, Slab, entire, pooled
 from dynroute.skipping.forms import Forms, forms_for
 from dynroute.skipping.lowering import straight
-from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, gathered
+from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, Run, Scratch, gathered
 from dynroute.units import ConvUnit, Unit
 
 MEMORY = 3.0  # times the weights of the net
 VERSION = operator.attrgetter("_version")  # of a tensor: counts changes in place
+
+
+class Fixed(NamedTuple):
+    """The one route of a net that decides nothing. programs: of each unit; keep_1UG and macs_1 as one image has them."""
+
+    setting: Setting
+    keys: list[Key]
+    programs: list[list[Program]]
+    keep_1UG: Tensor
+    macs_1: Tensor
 
 
 class FastNet:
@@ -36,8 +48,9 @@ class FastNet:
 
     memory: bound of all narrow programs together, in weights of the net. threads: minibatches are shared out over so many,
     each of which computes alone; one image is not. packed: whether private oneDNN calls may be used where they work.
-    Weights are copied in other forms, router included. Each call looks whether they have changed since, and if so all of
-    it is made anew; the dial and the limit are always those of the net's router.
+    Weights are copied in other forms, router included. Each call looks whether they have changed in place since (not through
+    `.data`, and not tensors that others replace), and if so all of it is made anew; the dial and the limit are always those
+    of the net's router. The net is put into eval().
     """
 
     def __init__(self, net: RoutedNet, memory: float = MEMORY, threads: int = 1, packed: bool = True) -> None:
@@ -46,6 +59,7 @@ class FastNet:
         self.chain = all(isinstance(unit, ConvUnit) for unit in self.plain)
         self.tensors = [t for t in (*net.parameters(), *net.buffers()) if not t.is_inference()]  # which never change
         self.pool: ThreadPoolExecutor | None = None
+        self.scratch = Scratch()
         self.forms: Forms = {}  # as measured by `warm_up`, or loaded
         self._take()
 
@@ -59,6 +73,7 @@ class FastNet:
         self.units = [FastUnit(self.programs, weights) for weights in halves]
         self.layers = [FastLayer(self.programs, unit) for unit in self.plain if isinstance(unit, ConvUnit)]
         self.router = self.net.router.deployed()
+        self.fixed: Fixed | None = None
 
     def _version(self) -> int:
         """Grows with every change of a weight or buffer in place: a step of training, a checkpoint loaded."""
@@ -66,6 +81,8 @@ class FastNet:
 
     def _ready(self) -> None:
         """Weights, dial and limit as they are now."""
+        if self.net.training:
+            self.net.eval()
         if self._version() != self.version:
             self._take()
         self.router.setting, self.router.limit = self.net.router.setting, self.net.router.limit
@@ -85,11 +102,40 @@ class FastNet:
 
     def _run(self, x_BCHW: Tensor, keep_BUG: Tensor | None) -> Output:
         """One minibatch on this thread."""
+        if keep_BUG is None and self._alike():
+            return self._one_route(x_BCHW)
         routes = Routes(self.plain, self.router, x_BCHW, keep_BUG)
         x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
         x_BCHW = (self._chain if self.chain else self._blocks)(x_BCHW, routes)
         trace = stack(routes.keeps, [{} for _ in routes.keeps])
         return Output(self.head(x_BCHW), trace, self.net.cost(trace.keep_BUG))
+
+    def _alike(self) -> bool:
+        """Whether all images take one route, whatever they are."""
+        return self.router.alike and not self.router.setting.part and self.router.limit is None
+
+    def _one_route(self, x_BCHW: Tensor) -> Output:
+        """One minibatch of a net that decides nothing: no look-ups, no counting."""
+        images, setting = len(x_BCHW), self.router.setting
+        fixed = self.fixed
+        if fixed is None or fixed.setting != setting:
+            routes = Routes(self.plain, self.router, x_BCHW[:1], None)
+            keys = [routes.decide(u, lambda: x_BCHW[:1])[0] for u in range(len(self.plain))]
+            keep_1UG = stack(routes.keeps, [{} for _ in routes.keeps]).keep_BUG
+            programs = [self.programs.of(key) for key in keys]
+            self.fixed = fixed = Fixed(setting, keys, programs, keep_1UG, self.net.cost(keep_1UG))
+        x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
+        if self.chain:
+            for layer, program in zip(self.layers, fixed.programs, strict=True):
+                x_BCHW = layer.run(x_BCHW, program)  # type: ignore[arg-type]
+            x_BCHW = entire([Slab(list(range(images)), x_BCHW, None)], images, sum(self.layers[-1].unit.sizes))
+        else:
+            mine, positive = self.stem.fresh, False
+            for unit, key, program in zip(self.units, fixed.keys, fixed.programs, strict=True):
+                out_BCHW = unit.run(x_BCHW, [Run(0, images, key)], [program], mine, positive)
+                mine, positive, x_BCHW = mine or out_BCHW is not x_BCHW, unit.rectified, out_BCHW
+        trace = Trace(fixed.keep_1UG.expand(images, -1, -1), {})
+        return Output(self.head(x_BCHW), trace, fixed.macs_1.expand(images))
 
     def _blocks(self, x_BCHW: Tensor, routes: Routes) -> Tensor:
         """The units, images in whatever order they are in; the feature maps in the first order."""
@@ -115,7 +161,7 @@ class FastNet:
             return out_BCHW
         index = self.units[u].order(keys, x_BCHW, form)
         if index is not None:
-            x_BCHW, mine = gathered(x_BCHW, index), True
+            x_BCHW, mine = self.scratch.gathered(x_BCHW, index), True
             routes.reorder(index)
             keys = [keys[i] for i in index]
         return self.units[u](x_BCHW, keys, mine, positive)
@@ -126,10 +172,10 @@ class FastNet:
 
         Returns the names of units that run masked from now on: too small for anything to be saved. A chain has no forms.
         """
-        if self.chain:
+        self._ready()
+        if self.chain or (keep_BUG is None and self._alike()):
             self(x_BCHW, keep_BUG)
             return []
-        self._ready()
         share = -(-len(x_BCHW) // self.threads)
         x_BCHW, keep_BUG = x_BCHW[:share], None if keep_BUG is None else keep_BUG[:share]
         routes, forms = Routes(self.plain, self.router, x_BCHW, keep_BUG), []
@@ -160,16 +206,16 @@ class FastNet:
             channels = self.plain[u].spec.in_channels
             keys = routes.decide(u, partial(see, slabs, images, channels))
             slabs = layer(slabs, keys)
-        last = self.plain[-1]
-        assert isinstance(last, ConvUnit)
-        return entire(slabs, images, sum(last.sizes))
+        return entire(slabs, images, sum(self.layers[-1].unit.sizes))
 
     def _workers(self) -> ThreadPoolExecutor:
         """Threads that compute with one core each; this thread keeps the number it has."""
         if self.pool is None:
-            mine = torch.get_num_threads()
+            mine, started = torch.get_num_threads(), Barrier(self.threads)
             self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
-            list(self.pool.map(lambda _: None, range(self.threads)))
+            list(
+                self.pool.map(lambda _: started.wait(), range(self.threads))
+            )  # none is late to set what new threads get
             torch.set_num_threads(mine)
         return self.pool
 

@@ -8,6 +8,7 @@ B images, C channels, H W height and width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynroute.skipping.cache import Key, Programs
+from dynroute.skipping.cache import Key, Program, Programs
 from dynroute.skipping.kernels import Conv
 from dynroute.skipping.lowering import Straight, Summed, straight, whole
 
@@ -49,6 +50,30 @@ def gathered(x_BCHW: Tensor, index: Sequence[int]) -> Tensor:
     return x_BCHW.permute(0, 2, 3, 1).index_select(0, picked).permute(0, 3, 1, 2)
 
 
+class Scratch(threading.local):
+    """Two stretches of memory for each thread, into which images are gathered in turn; they grow with the largest map.
+
+    Memory that is new to the process costs more time than copying into it: the system clears it page by page.
+    """
+
+    def __init__(self) -> None:
+        self.stretches: list[Tensor] = []
+
+    def gathered(self, x_BCHW: Tensor, index: Sequence[int]) -> Tensor:
+        """As `gathered`; good until the call after the next. x may be what the last call returned."""
+        rows_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        size = len(index) * rows_BHWC[0].numel()
+        like = [s for s in self.stretches if s.dtype == x_BCHW.dtype and s.device == x_BCHW.device]
+        read = x_BCHW.untyped_storage().data_ptr()
+        place = next((i for i, s in enumerate(like) if s.untyped_storage().data_ptr() != read), len(like))
+        if place == len(like) or like[place].numel() < size:
+            like[place : place + 1] = [x_BCHW.new_empty(size)]
+        self.stretches = like[:2]
+        out_BHWC = like[place][:size].view(len(index), *rows_BHWC.shape[1:])
+        torch.index_select(rows_BHWC, 0, torch.tensor(index, device=x_BCHW.device), out=out_BHWC)
+        return out_BHWC.permute(0, 3, 1, 2)
+
+
 def copying_pays(saved_calls: int, weights: float, moved: int) -> bool:
     """Whether fewer calls, each of which reads so many bytes of weights, are worth a copy of so many bytes."""
     return saved_calls * (CALL + weights / READ) > 2 * moved / COPY
@@ -78,16 +103,25 @@ class FastUnit:
         mine: x may be overwritten. positive: no value of x is negative, so a ReLU of x itself need not run.
         """
         runs = runs_of(keys)
-        programs = [self.programs.of(run.key) for run in runs]
-        if not all(isinstance(p, Summed) for found in programs for p in found):
+        return self.run(x_BCHW, runs, [self.programs.of(run.key) for run in runs], mine, positive)
+
+    def run(
+        self, x_BCHW: Tensor, runs: Sequence[Run], programs: Sequence[Sequence[Program]], mine: bool, positive: bool
+    ) -> Tensor:
+        """The same with the programs of each run at hand."""
+        sums = [found[0] for found in programs if isinstance(found[0], Summed)]
+        if not sums:
             parts = [whole(found[0])(x_BCHW[r.first : r.last]) for r, found in zip(runs, programs, strict=True)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
-        shortcut, self.rectified = programs[0][0].shortcut, programs[0][0].relu  # type: ignore[union-attr]
+        shortcut, self.rectified = sums[0].shortcut, sums[0].relu
         base_BCHW = self._base(x_BCHW, shortcut, mine)
         positive = positive and shortcut is None
         for run, found in zip(runs, programs, strict=True):
             one = slice(None) if len(runs) == 1 else slice(run.first, run.last)
-            add(x_BCHW[one], base_BCHW[one], found, positive)  # type: ignore[arg-type]
+            if isinstance(found[0], Summed):
+                add(x_BCHW[one], base_BCHW[one], found, positive)  # type: ignore[arg-type]
+            else:
+                base_BCHW[one] = whole(found[0])(x_BCHW[one])
         return base_BCHW
 
     def _base(self, x_BCHW: Tensor, shortcut: nn.Module | None, mine: bool) -> Tensor:

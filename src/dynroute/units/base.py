@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from dynroute.contracts import Form, InputError, UnitSpec
 from dynroute.cost import CostTerms, conv_macs
@@ -242,7 +243,8 @@ def sliced_conv(conv: nn.Conv2d, outputs: slice | Tensor, inputs: slice | Tensor
         assert outputs is inputs or outputs == inputs, "a depthwise convolution reads the very channels that it writes"
         groups = len(weight)
     sizes: dict[str, Any] = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
-    small = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], bias=conv.bias is not None, groups=groups, **sizes)
+    sizes |= {"bias": conv.bias is not None, "groups": groups}
+    small = skip_init(nn.Conv2d, weight.shape[1] * groups, weight.shape[0], **sizes)
     small.weight.data = weight.clone(memory_format=torch.preserve_format)
     if conv.bias is not None and small.bias is not None:
         small.bias.data = conv.bias.detach()[outputs].clone()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import (
@@ -87,7 +88,8 @@ class PathBottleneck(Unit):
             return Residual(self.shortcut, None)
         rows, every = opened_channels(self.sizes, opened).to(self.conv1.weight.device), slice(None)
         convs = [cast(nn.Conv2d, self.conv2[g]) for g in opened]
-        middle = nn.Conv2d(len(rows), len(rows), 3, convs[0].stride, 1, groups=len(opened), bias=False)  # type: ignore[arg-type]
+        form: dict[str, Any] = {"stride": convs[0].stride, "padding": 1, "groups": len(opened), "bias": False}
+        middle = skip_init(nn.Conv2d, len(rows), len(rows), 3, **form)
         middle.weight.data = torch.cat([conv.weight.detach() for conv in convs])
         return Residual(
             self.shortcut,
@@ -264,7 +266,7 @@ def summed_conv(convs: nn.ModuleList, norms: nn.ModuleList, opened: Sequence[int
     first = cast(nn.Conv2d, convs[opened[0]])
     folded = [folded_conv(cast(nn.Conv2d, convs[g]), cast(nn.BatchNorm2d, norms[g])) for g in opened]
     weight, bias = torch.cat([w for w, _ in folded], 1), torch.stack([b for _, b in folded]).sum(0)
-    last = nn.Conv2d(weight.shape[1], weight.shape[0], first.kernel_size, 1, first.padding)  # type: ignore[arg-type]
+    last = skip_init(nn.Conv2d, weight.shape[1], weight.shape[0], first.kernel_size, padding=first.padding)
     assert last.bias is not None
     last.weight.data, last.bias.data = weight, bias
     return last
