@@ -6,7 +6,7 @@
 
 --resume leaves finished rows as they are, cuts again where a row was stopped (the seed decides on the same filters), and goes
 on with its fine-tuning. Needs Torch-Pruning: pip install 'dynroute[controls]'. Fine-tuning is the project's own training loop
-with the recipe of the dense run, multiply-adds are counted by the project's rule (FlopCounterMode / 2), and rows go into
+with the recipe of the dense run (its teacher too: with optim.teacher=start the dense run itself), multiply-adds are counted by the project's rule (FlopCounterMode / 2), and rows go into
 eval.csv as of any run.
 
 l1: filters by L1 norm, the same share of every layer (Li et al., 2017). taylor: by weight times gradient, over all layers
@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynroute.assembly import make_teacher
 from dynroute.backbones import Backbone
 from dynroute.calibration import TOLERANCE
-from dynroute.config import CONFIG_FILE
+from dynroute.config import CONFIG_FILE, Config
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
 from dynroute.data import Dataset, loader
@@ -40,7 +41,7 @@ from dynroute.evaluation import Evaluator
 from dynroute.fit import fit
 from dynroute.measure import make_dial
 from dynroute.net import RoutedNet
-from dynroute.records import EVAL_FILE, EvalRow, write_text
+from dynroute.records import EVAL_FILE, EvalRow, read_eval, write_text
 from dynroute.routers import Phase, cross_entropy, ranged
 from dynroute.routers.static import StaticOptions, StaticRouter
 from dynroute.testing import count_macs
@@ -142,36 +143,41 @@ def prune(net: nn.Sequential, by: str, share: float, data: Dataset, batch_size: 
         raise InputError(f"{by} cannot prune this net to {share:g} of its multiply-adds")
 
 
-def run(
-    source: Path, by: str, share: float, epochs: int, lr: float | None, folder: Path, resume: bool = False
-) -> EvalRow:
-    """Prune and fine-tune a dense run into a folder; returns its row on the test split."""
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty: add --resume, or choose another --out")
-    dense = Evaluator.of(source)
-    config, data = dense.config, dense.data
+def planned(
+    dense: Evaluator, source: Path, by: str, share: float, epochs: int, lr: float | None, folder: Path
+) -> Config:
+    """The configuration of a row. Raises InputError where the run is not dense, or the folder has a row of another one."""
+    config = dense.config
     if config.router_name != "static" or config.router.width < 1:
         raise InputError(f"{source} is no dense run: train one with router.name=static")
-    body, seed = dense.net.backbone.cpu(), config.top.seed
-    torch.manual_seed(seed)
-    net = plain_net(body)
-    prune(net, by, share, data, config.optim.batch_size, seed)
-    optim = replace(config.optim, lr=lr or config.optim.lr)
     config = replace(
         config,
         top=replace(config.top, name=folder.name),
         backbone=replace(config.backbone, weights=str(source)),
         router_name=f"prune_{by}",
         router=StaticOptions(width=share, epochs=epochs),
-        optim=optim,
+        optim=replace(config.optim, lr=lr or config.optim.lr),
     )
+    finished = read_eval(folder / EVAL_FILE) if (folder / EVAL_FILE).exists() else []
+    others = [row for row in finished if (row["config_hash"], row["seed"]) != (config.hash(), config.top.seed)]
+    begun = not finished and (folder / CONFIG_FILE).exists()
+    if others or (begun and (folder / CONFIG_FILE).read_text() != config.yaml()):
+        raise InputError(f"{folder} was pruned with other settings: choose another --out")
+    return config
+
+
+def run(dense: Evaluator, config: Config, folder: Path, resume: bool = False) -> EvalRow:
+    """Prune and fine-tune a dense run into a folder; returns its row on the test split."""
+    data, body, seed = dense.data, dense.net.backbone.cpu(), config.top.seed
+    teacher = make_teacher(config, data.spec, dense.device)
+    torch.manual_seed(seed)
+    net = plain_net(body)
+    prune(net, config.router_name.removeprefix("prune_"), config.router.width, data, config.optim.batch_size, seed)
     pruned = Pruned(net, data.spec.image_size, body.dense_macs)
     routed = RoutedNet(pruned, StaticRouter(pruned.specs, StaticOptions())).to(dense.device)
-    if resume and (folder / CONFIG_FILE).exists() and (folder / CONFIG_FILE).read_text() != config.yaml():
-        raise InputError(f"{folder} was pruned with other settings: choose another --out")
     write_text(folder / CONFIG_FILE, config.yaml())
-    tune = Phase("tune", epochs, ("backbone",), cross_entropy)
-    rows = fit(routed, data, [tune], optim, folder, seed=seed, resume=resume)
+    tune = Phase("tune", config.router.epochs, ("backbone",), cross_entropy)
+    rows = fit(routed, data, [tune], config.optim, folder, seed=seed, resume=resume, teacher=teacher)
     dial = make_dial(routed, 0, list)
     return Evaluator(folder, routed.eval(), config, data, dense.device, "last", len(rows), dial).measure(None).row
 
@@ -193,10 +199,14 @@ def main(words: list[str] | None = None) -> int:
             ranged("--share", share, 0.01, 1.0)
         for by, share in itertools.product(given.by, given.share):
             folder = given.out / f"prune_{by}_{100 * share:g}"
-            if given.resume and (folder / EVAL_FILE).exists():
+            if not given.resume and folder.exists() and any(folder.iterdir()):
+                raise InputError(f"{folder} is not empty: add --resume, or choose another --out")
+            dense = Evaluator.of(given.source)
+            config = planned(dense, given.source, by, share, given.epochs, given.lr, folder)
+            if (folder / EVAL_FILE).exists():
                 print(f"{folder}: finished before")
                 continue
-            row = run(given.source, by, share, given.epochs, given.lr, folder, given.resume)
+            row = run(dense, config, folder, given.resume)
             print(f"{folder}: share {row.macs_share:.3f}, {row.params} parameters, top-1 {100 * row.top1:.2f} %")
     except InputError as error:
         print(f"prune.py: {error}", file=sys.stderr)

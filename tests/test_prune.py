@@ -110,6 +110,8 @@ def test_a_stopped_row_goes_on_and_ends_as_if_never_stopped(
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
     assert prune.main([*again, "--resume"]) == 0
     assert "finished before" in capsys.readouterr().out
+    assert prune.main([*again, "--epochs", "3", "--resume"]) == 2
+    assert "pruned with other settings" in capsys.readouterr().err
 
 
 def test_beside_zero_padding_only_hidden_channels_go(prune: ModuleType, dense: Path) -> None:
