@@ -2,6 +2,7 @@
 # make test    the test suite          make check   format, lint, types, tests
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
 # make cifar10_long  RNR and its static controls for 28 to 33 epochs, DMNN for 12: 8 rows of 15 to 55 minutes on one core
+# make cifar10_gpu   ResNet-20 and ResNet-56 for 160 epochs and more, three seeds (a GPU)
 # make budget  one net for any budget against a net for each
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
 # make wide    RNR, DMNN and a static net wide enough for skipping to save time: three rows of 25 to 60 minutes on one core
@@ -24,6 +25,7 @@ CONV4 := start rnp rnp_joint vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_any4 rnp_40 rnp_60 rnp_60x4 rnp_80 dmnn_any dmnn_any4 dmnn_40 dmnn_60 dmnn_60x4 dmnn_80
 SHAPES := dense widths rnr
 CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
+CIFAR10_GPU := dense static_40 static_60 widths rnr
 CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 CIFAR100_LONGER := dense static_70 dmnn_70
 CIFAR100_FROM_DENSE := dense static_70 dmnn_70 dmnn_70_nocat
@@ -31,7 +33,7 @@ WIDE := rnr64 dmnn64 static64_50
 EPOCHS ?= 60
 CATS_OVER_SHIPS := --hard 3,5 --easy 1,8
 
-.PHONY: demo test lint check format slow coverage ablation budget cifar10 cifar10_long conv4 wide cifar100 \
+.PHONY: demo test lint check format slow coverage ablation budget cifar10 cifar10_long cifar10_gpu conv4 wide cifar100 \
   table clean shapes pruned bench cifar100_small cifar100_longer cifar100_from_dense cifar100_resnet50 \
   cifar100_ablation
 
@@ -101,6 +103,28 @@ cifar10_long: .venv/ready
 	$(BIN)/python experiments/easy_is_cheap.py runs/cifar10_long/rnr28 runs/cifar10/given $(CATS_OVER_SHIPS) \
 	  --out experiments/results/cifar10_long_easy.csv
 	@$(MAKE) table
+
+# ResNet-20 and ResNet-56 for long, three seeds: each row resumes where it was stopped. It needs a GPU.
+cifar10_gpu: .venv/ready
+	@mkdir -p experiments/results/cifar10_gpu
+	@for seed in 0 1 2; do for net in resnet20 resnet56; do for row in $(CIFAR10_GPU); do \
+	  at=runs/cifar10_gpu/$$net && run=$${net}_$$row-s$$seed && from=dense && \
+	  case $$row in \
+	    dense) words= ;; \
+	    *) if [ $$row = rnr ]; then from=widths; fi; \
+	       words="backbone.weights=$${at}_$$from-s$$seed optim.teacher=$${at}_dense-s$$seed" ;; \
+	  esac && \
+	  $(BIN)/dynroute train -c experiments/cifar10_gpu/$$row.yaml data.path=$(DATA) backbone.name=$$net seed=$$seed \
+	    name=$${net}_$$row $$words --out runs/cifar10_gpu/$$run --resume && \
+	  case $$row in \
+	    widths) continue ;; \
+	    rnr) $(BIN)/dynroute eval runs/cifar10_gpu/$$run $(foreach t,0.376 0.4 0.47 0.5 0.6 0.8,--flops-target $(t)) --controls \
+	      || test $$? -eq 3 ;; \
+	    *) $(BIN)/dynroute eval runs/cifar10_gpu/$$run ;; \
+	  esac && \
+	  cp runs/cifar10_gpu/$$run/eval.csv experiments/results/cifar10_gpu/$$run.csv || exit 1; \
+	done; done; done
+	$(BIN)/dynroute compare experiments/results/cifar10_gpu --out experiments/results/cifar10_gpu_comparison
 
 # Each row as trained and, at one cost for all, by the dial at 0.7; a run resumes where it was stopped.
 ablation: .venv/ready

@@ -5,8 +5,8 @@
 Both folders must have been evaluated on the same test images (`dynroute eval`). A row a target: the two mean shares, their
 difference with its 95 % interval (normal, two independent samples), the rank correlation of cost with the dense net's loss
 (Spearman), the cheapest and the dearest class, and how many times what the classes named easy cost those named hard cost
-(CIFAR-10's 3 and 5 are cat and dog, 1 and 8 automobile and ship). On `shapes`, also the rank correlation of cost with the difficulty that each
-image was drawn with, and the mean share of each fifth of the images, easiest first.
+(CIFAR-10's 3 and 5 are cat and dog, 1 and 8 automobile and ship). On `shapes`, also the rank correlation of cost with the
+difficulty that each image was drawn with, and the mean share of each fifth of the images, easiest first.
 """
 
 from __future__ import annotations

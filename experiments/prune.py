@@ -4,10 +4,10 @@
     python experiments/prune.py runs/dense --share 0.4 --share 0.6 --by l1 --by taylor --by group --epochs 8 --out runs/pruned
     dynroute compare runs/dense runs/pruned/* runs/dmnn
 
---resume leaves finished rows as they are, cuts again where a row was stopped (the seed decides on the same filters), and goes
-on with its fine-tuning. Needs Torch-Pruning: pip install 'dynroute[controls]'. Fine-tuning is the project's own training loop
-with the recipe of the dense run (its teacher too: with optim.teacher=start the dense run itself), multiply-adds are counted by the project's rule (FlopCounterMode / 2), and rows go into
-eval.csv as of any run.
+--resume leaves finished rows as they are, cuts again where a row was stopped (the seed decides on the same filters), and
+goes on with its fine-tuning. Needs Torch-Pruning: pip install 'dynroute[controls]'. Fine-tuning is the project's own
+training loop with the recipe of the dense run (its teacher too: with optim.teacher=start the dense run itself), multiply-
+adds are counted by the project's rule (FlopCounterMode / 2), and rows go into eval.csv as of any run.
 
 l1: filters by L1 norm, the same share of every layer (Li et al., 2017). taylor: by weight times gradient, over all layers
 (Molchanov et al., 2019). group: by the L2 norm of all that goes with a filter, over all layers (DepGraph, Fang et al., 2023,

@@ -78,6 +78,21 @@ def test_vanilla_nets_cost_what_their_names_say(path: Path) -> None:
     assert share == pytest.approx(int(path.stem.split("_")[1]) / 100, abs=0.012)
 
 
+@pytest.mark.parametrize("path", sorted((EXPERIMENTS / "cifar100").glob("vanilla_*.yaml")), ids=lambda path: path.stem)
+def test_the_vanilla_rows_start(path: Path, arrays: dict[str, Path], tmp_path: Path) -> None:
+    words = ["backbone.width=16", "router.epochs=1", "optim.lr=0.01"]
+    assert start(path, arrays["cifar100"], tmp_path / "run", *words) == ["train"]
+
+
+@pytest.mark.parametrize("path", sorted((EXPERIMENTS / "cifar10_gpu").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_rows_for_a_gpu_start(path: Path, arrays: dict[str, Path], tmp_path: Path) -> None:
+    rnr = ["router.widths_epochs=1"] if path.stem == "widths" else ["router.agent_epochs=1", "router.joint_epochs=1"]
+    words = rnr if path.stem in ("widths", "rnr") else ["router.epochs=1"]
+    apart = ["backbone.weights=null", "optim.teacher=null", "backbone.width=8"]
+    phases = start(path, arrays["cifar10"], tmp_path / "run", *words, *apart)
+    assert phases == {"widths": ["widths"], "rnr": ["agent1", "joint"]}.get(path.stem, ["train"])
+
+
 @pytest.mark.parametrize("name", ["start", "vanilla_17", "rnp"])
 def test_the_four_conv_rows_start(name: str, arrays: dict[str, Path], tmp_path: Path) -> None:
     rnp = [

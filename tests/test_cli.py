@@ -122,13 +122,13 @@ def test_a_folder_whose_name_holds_brackets_is_named_as_it_is_on_a_terminal() ->
     assert heard.getvalue() == progress.title + "\n"
 
 
-def test_weights_of_a_run_are_taken_as_they_are_whatever_form_it_was_trained_in(
+def test_weights_of_a_run_are_taken_as_they_are_whatever_ranking_is_asked_for(
     tmp_path: Path, runs: dict[str, Path]
 ) -> None:
     trained = load_config(runs["dmnn"] / "config.yaml")
     spec = dataset(trained).spec
     want = restore(runs["dmnn"] / "last.pt")[0].backbone.state_dict()
-    for key in ("fold=never", "fold=always"):
+    for key in ("rank=norm", "rank=none"):
         words = [f"backbone.{key}", f"backbone.weights={runs['dmnn']}"]
         found = build(load_config(runs["dmnn"] / "config.yaml", words), spec).backbone.state_dict()
         assert all(torch.equal(found[name], value) for name, value in want.items())

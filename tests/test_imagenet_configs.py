@@ -51,10 +51,12 @@ def test_rnr_starts_on_resnet50(jpegs: Path, tmp_path: Path) -> None:
 RNP = sorted(path.stem for path in EXPERIMENTS.glob("rnp_vgg16_*.yaml"))
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "vgg16"])
-def test_rnp_starts(backbone: str, jpegs: Path, tmp_path: Path) -> None:
-    words = (f"backbone.name={backbone}", "backbone.width=8", "backbone.weights=null", "router.cnn_epochs=1")
-    assert start(RNP[0], jpegs, tmp_path / "run", *words) == ["widths", "agent1", "cnn1"]
+@pytest.mark.parametrize(("name", "backbone"), [*((name, "vgg16") for name in RNP), (RNP[0], "resnet18")])
+def test_rnp_starts(name: str, backbone: str, jpegs: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "dense.pt"
+    torch.save(make_backbone(backbone, width=8, classes=2, size=32).dense_state(), weights)
+    words = (f"backbone.name={backbone}", "backbone.width=8", f"backbone.weights={weights}", "router.cnn_epochs=1")
+    assert start(name, jpegs, tmp_path / "run", *words) == ["widths", "agent1", "cnn1"]
 
 
 @pytest.mark.parametrize("name", RNP)
@@ -88,13 +90,15 @@ def test_rows_of_dmnns_tables_say_what_their_name_says(name: str) -> None:
     assert config.router.category == ("nocat" not in name and parts > 1)
 
 
-@pytest.mark.parametrize("name", ["dmnn50_n4_t0.7", "dmnn_mobilenetv2_1.4_n2_t0.9", "convnet_aig50_t0.7"])
-def test_gated_rows_train(name: str, jpegs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["dmnn50_n4_t0.7", "dmnn_mobilenetv2_1.4_n2_t0.9", "convnet_aig50_t0.7", "resnext50_2x40d"]
+)
+def test_rows_of_dmnns_tables_train(name: str, jpegs: Path, tmp_path: Path) -> None:
     words = [*SMALL, "optim.lr=0.001", "router.epochs=1", f"data.path={jpegs}"]  # two images would diverge at 0.1
     words += [] if "mobilenet" in name else ["backbone.width=8"]
     assert main(["train", "-c", str(EXPERIMENTS / f"{name}.yaml"), *words, "--out", str(tmp_path / "run")]) == 0
     (row,) = read_rows(tmp_path / "run" / "train.csv")
-    assert row["phase"] == "joint" and 0 < float(row["calib_share"]) < 2
+    assert row["phase"] == ("joint" if name in GATED else "train") and 0 < float(row["calib_share"]) < 2
 
 
 @pytest.mark.slow

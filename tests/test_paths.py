@@ -11,6 +11,7 @@ import torchvision.models
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
+from dynroute import backbones
 from dynroute.assembly import inference_parameters
 from dynroute.backbones import BACKBONES, BackboneOptions
 from dynroute.contracts import InputError
@@ -417,3 +418,12 @@ def test_the_fold_can_be_asked_for_and_refused(asked: str, folds: list[bool | No
     assert [backbone.routable[u].fold for u in (0, -1)] == folds
     with pytest.raises(InputError, match="must be one of auto, always, never"):
         BackboneOptions(fold="maybe")
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"), [("resnet20", "paths"), ("mobilenet_v2", "paths"), ("resnet50_cifar", "channels")]
+)
+@pytest.mark.parametrize("asked", ["always", "never"])
+def test_a_fold_is_not_promised_where_there_is_none(name: str, unit: str, asked: str) -> None:
+    with pytest.raises(InputError, match=r"backbone\.fold: this net has no sub-blocks of bottlenecks"):
+        backbones.make_backbone(BACKBONES[name], CIFAR, BackboneOptions(name, unit=unit, fold=asked).resolved(unit))

@@ -64,4 +64,4 @@ def test_remarks_reach_screen_log_and_table(tmp_path: Path, capsys: pytest.Captu
     (row,) = read_rows(tmp_path / "run" / "train.csv")
     watched = {key: float(row[f"calib_{key}"]) for key in ("executed", "entropy", "always_on", "never_on")}
     assert watched == {"executed": 1, "entropy": 0, "always_on": 6, "never_on": 0}
-    assert "1 routes, entropy 0.00, 6 parts always on, 0 never" in printed
+    assert "1.000 of the parts run, 1 routes, entropy 0.00, 6 parts always on, 0 never" in printed

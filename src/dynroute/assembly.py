@@ -96,7 +96,9 @@ def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teache
 
 def dense_twin(config: Config, spec: DataSpec, weights: str | None = None) -> RoutedNet:
     """The plain static net of a configuration's backbone; weights: of a plain state dict, None: random."""
-    plain = dataclasses.replace(config.backbone, unit="channels", parts=1, widths=[], nets=[], weights=weights)
+    plain = dataclasses.replace(
+        config.backbone, unit="channels", parts=1, widths=[], nets=[], weights=weights, fold="auto"
+    )
     return build(dataclasses.replace(config, backbone=plain, router_name="static", router=StaticOptions()), spec)
 
 

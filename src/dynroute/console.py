@@ -83,7 +83,8 @@ class Progress:
             routed = f"share {row['calib_share']:.3f}"
             if row["calib_routes"] > 1 or step.remarks:  # a static net has nothing to watch
                 fixed = f"{row['calib_always_on']} parts always on, {row['calib_never_on']} never"
-                routed += f", {row['calib_routes']} routes, entropy {row['calib_entropy']:.2f}, {fixed}"
+                routed += f", {row['calib_executed']:.3f} of the parts run, {row['calib_routes']} routes"
+                routed += f", entropy {row['calib_entropy']:.2f}, {fixed}"
             self._say(f"{name}: {learned}, {routed}, {row['images_per_s']:.0f} img/s")
         for remark in step.remarks:
             self._say(f"{name}: note: {remark}")

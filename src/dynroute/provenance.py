@@ -79,9 +79,10 @@ def environment() -> str:
 
 
 def processor() -> str:
-    """The model of the processor."""
+    """The model of the processor, and what PyTorch uses of it: a virtual machine may hide the model, as "AMD EPYC"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        model = platform.processor() or platform.machine()
+    return f"{model} {torch.backends.cpu.get_cpu_capability()}"

@@ -11,7 +11,9 @@ from dynroute.backbones.mobilenet import MobileNetV2, mobilenet_v2_140
 from dynroute.backbones.resnet import LAYOUTS, ResNet, resnet50_cifar, resnext
 from dynroute.backbones.resnet_cifar import CifarResNet
 from dynroute.backbones.vgg import Chain, conv4, vgg16, vgg16_cifar
+from dynroute.contracts import InputError
 from dynroute.data import DataSpec
+from dynroute.units import PathBottleneck
 
 MakeBackbone = Callable[[DataSpec, BackboneOptions], Backbone]  # options resolved
 
@@ -38,8 +40,14 @@ BACKBONES |= {
 
 
 def make_backbone(make: MakeBackbone, data: DataSpec, options: BackboneOptions) -> Backbone:
-    """A backbone in the form its options (resolved) ask for; a cascade is made of two whole ones of any make."""
-    return Cascade(make, data, options) if options.unit == "cascade" else make(data, options)
+    """A backbone in the form its options (resolved) ask for; a cascade is made of two whole ones of any make.
+
+    Raises InputError for an option that says nothing of this net.
+    """
+    backbone = Cascade(make, data, options) if options.unit == "cascade" else make(data, options)
+    if options.fold != "auto" and not any(isinstance(unit, PathBottleneck) for unit in backbone.routable):
+        raise InputError("backbone.fold: this net has no sub-blocks of bottlenecks, so leave it at auto")
+    return backbone
 
 
 __all__ = [

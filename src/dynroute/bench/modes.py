@@ -25,7 +25,7 @@ from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
 from dynroute.routers import Router
 from dynroute.routers.static import StaticOptions, StaticRouter
-from dynroute.skipping import FastNet, Forms
+from dynroute.skipping import FastNet, Forms, executor
 
 POOL = 256  # images at least through which the rounds rotate, where the data have so many
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -84,12 +84,6 @@ class DenseNet(nn.Module):
             x_BCHW = unit(x_BCHW)
         logits_BK: Tensor = self.backbone.head(x_BCHW)
         return logits_BK
-
-
-def executor(net: RoutedNet) -> FastNet:
-    """The fast run of a net, with as many threads as torch is set to: images apart where there are several, on the CPU."""
-    on_cpu = next(net.backbone.parameters()).is_cpu
-    return FastNet(net, threads=torch.get_num_threads() if on_cpu else 1)
 
 
 def bench(
