@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from dynroute.assembly import untrained
-from dynroute.bench import POOL, Case, Plan, choose_clock, executor, interleaved, numbered
+from dynroute.bench import POOL, Case, Plan, choose_clock, interleaved, numbered
 from dynroute.net import RoutedNet
 from dynroute.provenance import commit, machine
 from dynroute.records import BenchRow, read_rows, write_rows
+from dynroute.skipping import fast_net
 from dynroute.timing import Request, bench_untrained, drawn
 
 HOME = Path(__file__).parent
@@ -107,7 +108,7 @@ def two_cores(seconds: float) -> Figures:
     cases = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        fast = executor(net)
+        fast = fast_net(net)
         for start in range(0, len(images), 8):
             fast(images[start : start + 8])
         cases[str(threads)] = Case(spread(fast, images, threads))
@@ -136,7 +137,7 @@ def cache_memory(seconds: float) -> Figures:
     """Bytes in the cache after as many random routes as the pool has images, over those of the net's weights."""
     net, images = routed_net()
     torch.set_num_threads(1)
-    fast = executor(net)
+    fast = fast_net(net)
     for image in images.split(1):
         fast(image)
     weights = sum(p.nbytes for p in net.backbone.parameters())

@@ -21,7 +21,7 @@ from dynroute.latency import latency_table
 from dynroute.net import RoutedNet
 from dynroute.provenance import environment
 from dynroute.records import FORMS_FILE, route_text
-from dynroute.skipping import executor, load_forms
+from dynroute.skipping import fast_net, load_forms
 
 
 @dataclass
@@ -55,7 +55,7 @@ def predict(
     opened = open_run(run, target, flops_max, latency_ms)
     net, spec = opened.net, opened.spec
     batches = loader(pictures(images, opened.config.data.name, spec), spec, 64, train=False)
-    fast, found = executor(net), list[Prediction]()
+    fast, found = fast_net(net), list[Prediction]()
     fast.forms = load_forms(run / FORMS_FILE, fingerprint(run / LAST), environment(), len(net.backbone.specs))
     for batch in batches:
         out = fast(batch.images)

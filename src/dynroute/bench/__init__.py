@@ -9,7 +9,6 @@ from dynroute.bench.modes import (
     Plan,
     Point,
     bench,
-    executor,
     ideal_share,
     warnings,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "Times",
     "bench",
     "choose_clock",
-    "executor",
     "ideal_share",
     "interleaved",
     "numbered",

@@ -25,7 +25,7 @@ from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
 from dynroute.routers import Router
 from dynroute.routers.static import StaticOptions, StaticRouter
-from dynroute.skipping import FastNet, Forms, executor
+from dynroute.skipping import FastNet, Forms, fast_net
 
 POOL = 256  # images at least through which the rounds rotate, where the data have so many
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -146,7 +146,7 @@ class _Cases:
             body = self.dense.backbone
             yield (
                 "executor",
-                self.plain(executor(RoutedNet(body, StaticRouter(body.specs, StaticOptions())).to(x.device))),
+                self.plain(fast_net(RoutedNet(body, StaticRouter(body.specs, StaticOptions())).to(x.device))),
             )
         for mode, make in (("compiled", compiled), ("onnxruntime", onnxruntime)):
             if mode in modes:
@@ -156,7 +156,7 @@ class _Cases:
                     self.remarks.append(str(reason))
         if "all_on" in modes:
             dense_UG = self.net.dense_routes(1)[0].to(self.net.cost.part_UG.device).float()
-            whole = executor(RoutedNet(self.net.backbone, Opened(self.net.router, dense_UG)))
+            whole = fast_net(RoutedNet(self.net.backbone, Opened(self.net.router, dense_UG)))
             yield "all_on", Case(lambda turn: _call(whole, self.picked(turn)), _macs)
         for place, point in enumerate(points):
             for mode, run, read in self.routed(point):
@@ -167,7 +167,7 @@ class _Cases:
         if "masked" in self.plan.modes:
             yield "masked", self.net, _macs
         if "skipping" in self.plan.modes:
-            yield "skipping", self.filled(executor(self.net), point), _macs
+            yield "skipping", self.filled(fast_net(self.net), point), _macs
         if "router" in self.plan.modes:
             yield "router", self.decisions(), lambda result: 0.0
         if ONNX_SKIPPING in self.plan.modes and self.plan.batch == 1:

@@ -35,7 +35,8 @@ class Programs:
 
     A pattern for which there is no room is run in pieces where patterns are sums (`in_pieces`; all pieces have room set aside),
     else with everything computed, by the plain unit: making it anew at every call would cost more than either. It takes the
-    place of kept ones that are asked for less often per byte. Ours.
+    place of kept ones that are asked for less often per byte. The layers of a chain with the fewest weights, as many as fit,
+    have room set aside for all of their patterns instead of pieces. Ours.
     """
 
     def __init__(self, units: Sequence[Unit], limit: float, packed: bool) -> None:
@@ -45,20 +46,33 @@ class Programs:
         self.instead: dict[Key, list[Program]] = {}  # of patterns without room, as long as they have none
         self.asked: Counter[Key] = Counter()
         self.sizes: dict[Key, int] = {}
+        self.whole: dict[Key, Program] = {}
         aside = sum(_weights(unit) * copies(unit) for unit in units if in_pieces(unit))
         self.in_pieces = [in_pieces(unit) and aside <= limit for unit in units]
         self.set_aside = aside if any(self.in_pieces) else 0.0
+        self.complete = [False] * len(units)
+        for u in sorted(range(len(units)), key=lambda u: _weights(units[u])):
+            unit = units[u]
+            more = (
+                _weights(unit) * copies(unit) * ((len(unit.sizes_in) + 1) / 2 - 1) if isinstance(unit, ConvUnit) else 0
+            )
+            if self.in_pieces[u] and more and self.set_aside + more <= limit:
+                self.complete[u], self.set_aside = True, self.set_aside + more
         self.used, self.calls = 0, 0
         self.lock = Lock()
 
     @property
     def bytes(self) -> int:
         """Memory of all that is kept."""
-        return sum(size(p) for p in (*self.kept.values(), *self.pieces.values()))
+        return sum(size(p) for found in (self.kept, self.pieces, self.whole) for p in found.values())
 
     def of(self, key: Key) -> list[Program]:
         """The program of a pattern, or the programs whose sum it is. Several threads may ask."""
         with self.lock:
+            if self.complete[key.unit]:
+                if key not in self.whole:
+                    self.whole[key] = self._lowered(key)
+                return [self.whole[key]]
             self.asked[key] += 1
             self.calls += 1
             if self.calls % FADE == 0:
@@ -73,6 +87,8 @@ class Programs:
         self.instead = {key: found for key, found in self.instead.items() if key in self.asked}
 
     def _made(self, key: Key) -> list[Program]:
+        if self.in_pieces[key.unit] and len(parts := self._parted(key)) == 1:
+            return [self._piece(parts[0])]
         if self.asked[key] % LOOK_AGAIN == 1:
             fresh = None if key in self.sizes else self._lowered(key)
             if fresh is not None:

@@ -53,15 +53,16 @@ class FastLayer:
         """One program, or several that read different channels, summed, then ReLU and pooling."""
         if not programs[0].partial:
             return programs[0].body(x_NCHW)
-        out_NCHW = None
-        for program in programs:
+        out_NCHW, last = None, len(programs) - 1
+        for i, program in enumerate(programs):
             read = x_NCHW[:, program.inputs].contiguous(memory_format=torch.channels_last)
             if out_NCHW is None:
                 out_NCHW = program.body(read)
             else:
-                program.body.steps[0].add_to(out_NCHW, read, relu=False)  # type: ignore[attr-defined]
+                program.body.steps[0].add_to(out_NCHW, read, relu=i == last)  # type: ignore[attr-defined]
         assert out_NCHW is not None
-        out_NCHW = out_NCHW.relu_()
+        if not last:
+            out_NCHW = out_NCHW.relu_()
         return out_NCHW if self.unit.pool is None else self.unit.pool(out_NCHW)
 
     def _joined(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> list[Slab]:

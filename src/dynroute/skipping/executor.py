@@ -236,7 +236,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return now
 
 
-def executor(net: RoutedNet) -> FastNet:
+def fast_net(net: RoutedNet) -> FastNet:
     """The fast run of a net, with as many threads as torch is set to: images apart where there are several, on the CPU."""
     on_cpu = next(net.backbone.parameters()).is_cpu
     return FastNet(net, threads=torch.get_num_threads() if on_cpu else 1)
