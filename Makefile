@@ -32,6 +32,7 @@ CIFAR100_FROM_DENSE := dense static_70 dmnn_70 dmnn_70_nocat
 WIDE := rnr64 dmnn64 static64_50
 EPOCHS ?= 60
 CATS_OVER_SHIPS := --hard 3,5 --easy 1,8
+TRAINED := run,backbone,target,batch,flops_ratio,over_eager,over_best,ideal_share,router_share,other_classes,torch
 
 .PHONY: demo test lint check format slow coverage ablation budget cifar10 cifar10_long cifar10_gpu conv4 wide cifar100 \
   table clean shapes pruned bench cifar100_small cifar100_longer cifar100_from_dense cifar100_resnet50 \
@@ -230,7 +231,7 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_longer_comparison/table.md cifar100_longer
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/latency_target.csv latency
-	$(BIN)/python experiments/readme_table.py README.md benchmarks/results/trained.csv trained
+	$(BIN)/python experiments/readme_table.py README.md benchmarks/results/trained.csv trained $(TRAINED)
 	$(BIN)/python experiments/readme_table.py docs/dmnn_training.md benchmarks/results/dmnn_step.csv dmnn_step
 
 clean:

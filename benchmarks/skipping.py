@@ -22,7 +22,7 @@ import torch
 from dynroute.assembly import untrained
 from dynroute.bench import POOL, Case, Plan, choose_clock, interleaved, numbered
 from dynroute.net import RoutedNet
-from dynroute.provenance import commit, machine
+from dynroute.provenance import affinity, commit, machine
 from dynroute.records import BenchRow, read_rows, write_rows
 from dynroute.skipping import fast_net
 from dynroute.timing import Request, bench_untrained, drawn
@@ -45,6 +45,7 @@ COLUMNS = (
     "commit",
     "torch",
     "machine",
+    "affinity",
 )
 MODES = Plan.modes - {"masked"}  # which nothing here is compared with
 Figures = dict[str, Any]
@@ -60,16 +61,30 @@ class Bar:
     run: Callable[[float], Figures]
 
 
-def timed(config: Path, batch: int, rate: float | None = None, **asked: Any) -> Callable[[float], dict[str, BenchRow]]:
-    """Rows of a configuration by their mode, taken when called with the seconds for each mode."""
+def timed(
+    config: Path, batch: int, rate: float | None = None, classifier: bool = True, **asked: Any
+) -> Callable[[float], dict[str, BenchRow]]:
+    """Rows of a configuration by their mode, taken when called with the seconds for each mode. classifier: whether it has one."""
 
     @cache
     def run(seconds: float) -> dict[str, BenchRow]:
         words = ["device=cpu"] if "device" not in asked else []
         request = Request(rate=rate, batches=[batch], seconds=seconds, **{"modes": MODES, **asked})
-        return {row.mode: row for row in bench_untrained(*untrained(config, words), request).rows}
+        made, net, spec = untrained(config, words)
+        if not classifier:
+            net = headless(net)
+        return {row.mode: row for row in bench_untrained(made, net, spec, request).rows}
 
     return run
+
+
+def headless(net: RoutedNet) -> RoutedNet:
+    """The net with means of its last feature maps in place of a classifier, which no route makes smaller."""
+    backbone = net.backbone
+    linear = sum(m.weight.numel() for m in backbone.head.modules() if isinstance(m, torch.nn.Linear))
+    backbone.head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    backbone.fixed_macs, backbone.dense_macs = backbone.fixed_macs - linear, backbone.dense_macs - linear
+    return RoutedNet(backbone, net.router)
 
 
 def figures(row: BenchRow, reached: float) -> Figures:
@@ -164,6 +179,9 @@ BARS = {
         over("onnxruntime", "skipping", timed(DMNN, 1, 0.5, modes=MODES | {"onnxruntime"})),
     ),
     "vgg16_b1": Bar("RNP VGG-16 at 224, uniform actions, batch 1", IDEAL, 0.93, ideal(timed(VGG, 1))),
+    "vgg16_convs_b1": Bar(
+        "the same without its classifier, batch 1", IDEAL, 0.0, ideal(timed(VGG, 1, classifier=False))
+    ),
     "vgg16_b8": Bar("RNP VGG-16 at 224, uniform actions, batch 8", IDEAL, 0.90, ideal(timed(VGG, 8))),
     "vgg16_32_b1": Bar("RNP VGG-16 at 32, uniform actions, batch 1", IDEAL, 0.80, ideal(timed(SMALL_VGG, 1))),
     "vgg16_32_b32": Bar("RNP VGG-16 at 32, uniform actions, batch 32", IDEAL, 0.75, ideal(timed(SMALL_VGG, 32))),
@@ -209,8 +227,9 @@ def main() -> None:
         bar = bars[name]
         found = bar.run(asked.seconds)
         row = {"case": name, "title": bar.title, "measure": bar.measure, "bar": bar.bar or None, **found}
-        row |= {"commit": source, "torch": torch.__version__}
-        print(f"{name:14} {bar.title}, {bar.measure}: {row['reached']:.3f} (bar {bar.bar:g})", flush=True)
+        row |= {"commit": source, "torch": torch.__version__, "affinity": affinity()}
+        aim = f" (bar {bar.bar:g})" if bar.bar else ""
+        print(f"{name:14} {bar.title}, {bar.measure}: {row['reached']:.3f}{aim}", flush=True)
         store(file, row, list(bars))
 
 

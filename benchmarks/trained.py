@@ -19,7 +19,7 @@ from dynroute.bench import Plan, Point
 from dynroute.data import loader
 from dynroute.evaluation import Evaluator
 from dynroute.measure import evaluate
-from dynroute.provenance import commit, machine
+from dynroute.provenance import affinity, commit, machine
 from dynroute.records import read_rows, write_rows
 from dynroute.skipping import FastNet
 
@@ -48,6 +48,7 @@ COLUMNS = (
     "commit",
     "torch",
     "machine",
+    "affinity",
 )
 KEY = ("run", "backbone", "dataset", "target", "batch")
 
@@ -104,11 +105,16 @@ def main() -> None:
         named = {"run": run.name, "method": config.router_name, "backbone": config.backbone.name}
         named |= {"dataset": config.data.label, "target": target, **agreement(evaluator)}
         torch.set_num_threads(1)
-        named |= {"commit": source, "torch": torch.__version__, "machine": machine(evaluator.device)}
+        named |= {
+            "commit": source,
+            "torch": torch.__version__,
+            "machine": machine(evaluator.device),
+            "affinity": affinity(),
+        }
         for batch in BATCHES:
             timed = named | speed(evaluator, asked.flops_target, batch, asked.seconds)
             row = {name: str(value) for name, value in timed.items()}
-            print(", ".join(f"{name} {row[name]}" for name in COLUMNS[:-4]), flush=True)
+            print(", ".join(f"{name} {row[name]}" for name in COLUMNS[: COLUMNS.index("commit")]), flush=True)
             old = list(read_rows(asked.out)) if asked.out.exists() else []
             write_rows(asked.out, [*(r for r in old if any(r[key] != row[key] for key in KEY)), row], COLUMNS)
 

@@ -2,7 +2,7 @@
 
 The documents' numbers are never typed: `make table` makes the tables from the result CSVs and calls this. A CSV is put as
 a table too. MARK: results (the default) or another name of a pair of markers. PART of what `compare` made: rows, the
-main table alone, or controls, the one beside it.
+main table alone, or controls, the one beside it; of a CSV: some of its columns, run,batch,....
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ def main(document: Path, table: Path, mark: str = "results", part: str = "") -> 
     if text.count(begin) != 1 or text.count(end) != 1:
         sys.exit(f"{document} must hold the markers {begin} and {end} once each")
     head, rest = text.split(begin)
-    made = from_csv(table) if table.suffix == ".csv" else table.read_text(encoding="utf-8").strip()
-    if part:
+    is_csv = table.suffix == ".csv"
+    made = from_csv(table, part) if is_csv else table.read_text(encoding="utf-8").strip()
+    if part and not is_csv:
         rows, _, controls = made.partition(CONTROLS_HEADING)
         made = {"rows": rows, "controls": controls}[part].strip()
     document.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
-def from_csv(path: Path) -> str:
-    """A CSV as a Markdown table, turned on its side where it has more columns than rows."""
+def from_csv(path: Path, columns: str = "") -> str:
+    """A CSV, or some of its columns, as a Markdown table; a whole one is turned on its side if it has more columns than rows."""
     with path.open(encoding="utf-8") as file:
         names, *rows = csv.reader(file)
+    if columns:
+        places = [names.index(name) for name in columns.split(",")]
+        names, rows = [names[i] for i in places], [[row[i] for i in places] for row in rows]
     lines = [[name.replace("_", " ") for name in names], *([short(text) for text in row] for row in rows)]
-    if len(names) > len(rows):
+    if len(names) > len(rows) and not columns:
         lines = [list(column) for column in zip(*lines, strict=True)]
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
