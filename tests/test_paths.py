@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from dynroute.testing import check_unit, close, shake
 from dynroute.units import (
     AggregatedBottleneck,
     GroupedBottleneck,
+    PathBasic,
     PathBottleneck,
     PathInverted,
     Place,
@@ -30,6 +33,7 @@ from dynroute.units import (
     folded_conv,
     path_share,
 )
+from dynroute.units.base import sliced_conv, sliced_norm
 from dynroute.units.fold import forked_pointwise
 from tiny import make_backbone, make_router, pictures
 
@@ -345,6 +349,66 @@ def test_sub_blocks_of_basic_blocks_are_widened_where_asked_for() -> None:
     plain = BACKBONES["resnet20"](CIFAR, BackboneOptions("resnet20", unit="channels", parts=1))
     assert backbone.dense_macs == plain.dense_macs
     assert sum(backbone.terms()[0].by_part_G) == 2 * plain.terms()[0].total
+
+
+class Apart(nn.Module):
+    """Sub-blocks as modules of their own, each with its own BatchNorms, and the gates multiplied on: equation (4)."""
+
+    def __init__(self, unit: Any) -> None:
+        super().__init__()
+        inverted = isinstance(unit, PathInverted)
+        first, norm, last, norms = (
+            (unit.expand, unit.bn1, unit.project, unit.bn3)
+            if inverted
+            else (unit.conv1, unit.bn1, unit.conv2, unit.bn2)
+        )
+        clip, start = nn.ReLU6 if inverted else nn.ReLU, 0
+        self.shortcut, self.relu, bodies = unit.shortcut, not inverted, []
+        for g, size in enumerate(unit.sizes):
+            rows = slice(start, start + size)
+            layers = [sliced_conv(first, rows, slice(None)), sliced_norm(norm, rows), clip()]
+            if inverted:
+                layers += [sliced_conv(unit.depthwise, rows, rows), sliced_norm(unit.bn2, rows), clip()]
+            bodies.append(nn.Sequential(*layers, last[g], norms[g]))
+            start += size
+        self.bodies = nn.ModuleList(bodies)
+
+    def forward(self, x_BCHW: Tensor, keep_BG: Tensor) -> Tensor:
+        bodies = [keep_BG[:, g, None, None, None] * body(x_BCHW) for g, body in enumerate(self.bodies)]
+        out_BCHW = self.shortcut(x_BCHW) + torch.stack(bodies).sum(0)
+        return F.relu(out_BCHW) if self.relu else out_BCHW
+
+
+@pytest.mark.parametrize(("stride", "outputs"), [(1, 6), (1, 10), (2, 10)])
+@pytest.mark.parametrize("kind", [PathBasic, PathInverted])
+def test_training_is_that_of_sub_blocks_apart(kind: Any, stride: int, outputs: int) -> None:
+    """Outputs, gradients and running statistics in float64, where the unit runs its first convolutions as one."""
+    torch.manual_seed(0)
+    unit = kind(Place("unit", 6, outputs, stride, SIZE), [4, 3, 5]).double()
+    shake(unit)
+    results = []
+    for net in (unit, copy.deepcopy(Apart(copy.deepcopy(unit)).double())):
+        net.train()
+        torch.manual_seed(1)
+        x = torch.randn(5, 6, SIZE, SIZE, dtype=torch.float64, requires_grad=True)
+        keep = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]]).double().requires_grad_()
+        y = net(x, keep)
+        y.backward(torch.randn(y.shape, dtype=torch.float64))
+        results.append((net, [y.detach(), x.grad, keep.grad]))
+    (one, values), (apart, wanted) = results
+    named = {"bn1": 1} if kind is PathBasic else {"bn1": 1, "bn2": 4}
+    for name, place in named.items():
+        for key in ("weight.grad", "bias.grad", "running_mean", "running_var"):
+            values.append(attrgetter(key)(getattr(one, name)))
+            wanted.append(torch.cat([attrgetter(key)(body[place]) for body in apart.bodies]))
+    values.append((one.conv1 if kind is PathBasic else one.expand).weight.grad)
+    wanted.append(torch.cat([body[0].weight.grad for body in apart.bodies]))
+    lasts, norms = (one.conv2, one.bn2) if kind is PathBasic else (one.project, one.bn3)
+    for g, body in enumerate(apart.bodies):
+        values += [lasts[g].weight.grad, norms[g].weight.grad, norms[g].running_mean, norms[g].running_var]
+        wanted += [body[-2].weight.grad, body[-1].weight.grad, body[-1].running_mean, body[-1].running_var]
+    for value, other in zip(values, wanted, strict=True):
+        assert torch.allclose(value, other, rtol=1e-9, atol=1e-9)
 
 
 # --- the covariance fold ----------------------------------------------------------------------------------------
