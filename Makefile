@@ -231,6 +231,7 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_longer_comparison/table.md cifar100_longer
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/latency_target.csv latency
+	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/agent_step.csv agent_step
 	$(BIN)/python experiments/readme_table.py README.md benchmarks/results/trained.csv trained $(TRAINED)
 	$(BIN)/python experiments/readme_table.py docs/dmnn_training.md benchmarks/results/dmnn_step.csv dmnn_step
 
