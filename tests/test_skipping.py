@@ -147,6 +147,7 @@ def test_nested_widths_without_room_are_not_made_again_and_again(parts: int, mon
     patterns = sum(len(keep[:, u].unique(dim=0)) for u in range(3))
     assert len(made) <= patterns + 3
     assert fast.programs.bytes <= fast.programs.limit
+    assert fast.programs.crowded() == ([] if parts == 4 else ["layer3.0"])
 
 
 def test_what_was_asked_for_long_ago_counts_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,10 +144,8 @@ class _Cases:
         if "dense" in modes:
             yield "dense", self.plain(self.dense)
             body = self.dense.backbone
-            yield (
-                "executor",
-                self.plain(fast_net(RoutedNet(body, StaticRouter(body.specs, StaticOptions())).to(x.device))),
-            )
+            plain = RoutedNet(body, StaticRouter(body.specs, StaticOptions())).to(x.device)
+            yield "executor", self.plain(fast_net(plain))
         for mode, make in (("compiled", compiled), ("onnxruntime", onnxruntime)):
             if mode in modes:
                 try:
@@ -188,6 +186,9 @@ class _Cases:
             self.remarks.append(f"masked, because skipping gains nothing there {batch}: {', '.join(hopeless)}")
         for turn in range(math.ceil(len(self.images_NCHW) / self.plan.batch)):
             fast(self.picked(turn))
+        crowded = fast.programs.crowded()
+        if crowded:
+            self.remarks.append(f"some patterns run with everything computed, for want of memory: {', '.join(crowded)}")
         return fast
 
     def decisions(self) -> Run:

@@ -80,6 +80,11 @@ class Programs:
             found = self.kept.get(key)
             return self._made(key) if found is None else [found]
 
+    def crowded(self) -> list[str]:
+        """The names of units some of whose patterns have found no room and run with everything computed."""
+        short = {key.unit for key in self.instead if not self.in_pieces[key.unit]}
+        return [self.units[u].spec.name for u in sorted(short)]
+
     def _fade(self) -> None:
         """Count what was asked so far half, and forget what is hardly asked for."""
         self.asked = Counter({key: count // 2 for key, count in self.asked.items() if count > 1 or key in self.kept})

@@ -213,9 +213,8 @@ class FastNet:
         if self.pool is None:
             mine, started = torch.get_num_threads(), Barrier(self.threads)
             self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
-            list(
-                self.pool.map(lambda _: started.wait(), range(self.threads))
-            )  # none is late to set what new threads get
+            # together, so that none is late to set the number, which threads that others start would get
+            list(self.pool.map(lambda _: started.wait(), range(self.threads)))
             torch.set_num_threads(mine)
         return self.pool
 
