@@ -5,6 +5,7 @@
 # make cifar10_gpu   ResNet-20 and ResNet-56 for 160 epochs and more, three seeds (a GPU)
 # make budget  one net for any budget against a net for each
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
+# make weight  how much DMNN's resource loss weighs, on the embedded data
 # make wide    RNR, DMNN and a static net wide enough for skipping to save time: three rows of 25 to 60 minutes on one core
 # make bench   how fast skipping and training are on this machine
 # make pruned  filter pruning beside them (Torch-Pruning)   make shapes  is cost spent by difficulty?
@@ -24,17 +25,18 @@ ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp rnp_joint vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_any4 rnp_40 rnp_60 rnp_60x4 rnp_80 dmnn_any dmnn_any4 dmnn_40 dmnn_60 dmnn_60x4 dmnn_80
 SHAPES := dense widths rnr
+WEIGHTS := 0.5 2 8
 CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
 CIFAR10_GPU := dense static_40 static_60 widths rnr
 CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 CIFAR100_LONGER := dense static_70 dmnn_70
-CIFAR100_FROM_DENSE := dense static_70 dmnn_70 dmnn_70_nocat
+CIFAR100_FROM_DENSE := dense static_70 dmnn_70 dmnn_70_budget
 WIDE := rnr64 dmnn64 static64_50
 EPOCHS ?= 60
 CATS_OVER_SHIPS := --hard 3,5 --easy 1,8
 TRAINED := run,backbone,target,batch,flops_ratio,over_eager,over_best,ideal_share,router_share,other_classes,torch
 
-.PHONY: demo test lint check format slow coverage ablation budget cifar10 cifar10_long cifar10_gpu conv4 wide cifar100 \
+.PHONY: demo test lint check format slow coverage ablation weight budget cifar10 cifar10_long cifar10_gpu conv4 wide cifar100 \
   table clean shapes pruned bench cifar100_small cifar100_longer cifar100_from_dense cifar100_resnet50 \
   cifar100_ablation
 
@@ -140,6 +142,19 @@ ablation: .venv/ready
 	done
 	$(BIN)/dynroute compare experiments/results/ablation --out experiments/results/ablation_comparison
 
+# How much the resource loss of DMNN weighs: each as trained and, at one cost for all, by the dial at 0.7.
+weight: .venv/ready
+	@mkdir -p experiments/results/weight
+	@for weight in $(WEIGHTS); do \
+	  run=weight_$$weight && \
+	  $(BIN)/dynroute train -c experiments/ablation/dmnn_both.yaml name=$$run router.resource_weight=$$weight \
+	    --out runs/weight/$$run --resume && \
+	  $(BIN)/dynroute eval runs/weight/$$run --controls && \
+	  { $(BIN)/dynroute eval runs/weight/$$run --flops-target 0.7 --controls || test $$? -eq 3; } && \
+	  cp runs/weight/$$run/eval.csv experiments/results/weight/$$run.csv || exit 1; \
+	done
+	@$(MAKE) table
+
 conv4: .venv/ready
 	$(call rows,conv4,$(CONV4),0.18 0.23 0.31 0.61 0.87 0.95)
 
@@ -229,6 +244,10 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/wide_comparison/table.md wide
 	$(BIN)/dynroute compare experiments/results/cifar100/longer --out experiments/results/cifar100_longer_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_longer_comparison/table.md cifar100_longer
+	$(BIN)/dynroute compare experiments/results/cifar100/from_dense --out experiments/results/cifar100_from_dense_comparison
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_from_dense_comparison/table.md from_dense
+	$(BIN)/dynroute compare experiments/results/weight --out experiments/results/weight_comparison
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/weight_comparison/table.md weight rows
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/latency_target.csv latency
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/agent_step.csv agent_step
