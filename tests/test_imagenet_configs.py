@@ -14,6 +14,8 @@ from dynroute.cli import main
 from dynroute.config import load_config
 from dynroute.net import RoutedNet
 from dynroute.records import read_rows
+from dynroute.routers import stacked
+from dynroute.routers.slimmable import prefix
 from tiny import make_backbone, make_router
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments" / "imagenet"
@@ -90,8 +92,21 @@ def test_rows_of_dmnns_tables_say_what_their_name_says(name: str) -> None:
     assert config.router.category == ("nocat" not in name and parts > 1)
 
 
+@pytest.mark.parametrize(("name", "share"), [("slimmable_resnet50", 0.58), ("slimmable_mobilenetv2", 0.767)])
+def test_a_width_of_the_slimmable_rows_costs_about_what_the_paper_reports(name: str, share: float) -> None:
+    config = load_config(EXPERIMENTS / f"{name}.yaml")
+    assert (config.name, config.router_name) == (name, "slimmable")
+    with torch.device("meta"):
+        backbone = make_backbone(config.backbone.name, parts=config.backbone.parts, width=0, size=224, classes=1000)
+    net = RoutedNet(backbone, make_router("slimmable", backbone.specs, widths=config.router.widths))
+    widths = [stacked([prefix(spec, width) for spec in backbone.specs]) for width in config.router.widths]
+    shares = net.cost(torch.stack(widths)) / net.cost.dense
+    assert float((shares - share).abs().min()) < 0.05
+
+
 @pytest.mark.parametrize(
-    "name", ["dmnn50_n4_t0.7", "dmnn_mobilenetv2_1.4_n2_t0.9", "convnet_aig50_t0.7", "resnext50_2x40d"]
+    "name",
+    ["slimmable_resnet50", "dmnn50_n4_t0.7", "dmnn_mobilenetv2_1.4_n2_t0.9", "convnet_aig50_t0.7", "resnext50_2x40d"],
 )
 def test_rows_of_dmnns_tables_train(name: str, jpegs: Path, tmp_path: Path) -> None:
     words = [*SMALL, "optim.lr=0.001", "router.epochs=1", f"data.path={jpegs}"]  # two images would diverge at 0.1

@@ -50,10 +50,6 @@ VARIANTS = {  # rows of the ablation, by the options that are off
     "dmnn-no-prev-no-cat": "category previous",
     "convnet-aig": "aig",
 }
-SLIMMABLE = {  # widths of our parts near the reported share of S-...-0.75: the paper slims every channel, we the routable ones
-    "resnet50": "backbone.parts=8 router.widths=[0.25,0.5,0.625,1.0]",
-    "mobilenetv2": "backbone.parts=4 router.widths=[0.25,0.5,0.75,1.0]",
-}
 SHORT = {"resnet50": "50", "resnet101": "101"}  # in names of YAML files
 SUFFIXES = {"": "", "aig": "", "category": "_nocat", "previous": "_noprev", "category previous": "_noprev_nocat"}
 RNP_SHARES = {3: "0.3333", 4: "0.25", 5: "0.2", 10: "0.1"}  # rnp:tab2, by speed-up
@@ -158,11 +154,8 @@ def _imagenet(name: str) -> list[str]:
 
 def _slimmable(row: Row) -> tuple[list[str], int]:
     """All four widths in one run, as many passes over the images in each epoch."""
-    name = f"slimmable_{row['backbone']}_{row['dataset']}"
-    widths, epochs = SLIMMABLE[row["backbone"]], EPOCHS[row["dataset"]]
-    keys = f"router.name=slimmable router.epochs={epochs} backbone.name={backbone(row)} {widths}"
-    asked = f" --flops-target {row['macs_ratio_pct'] / 100:g}"
-    return _made(name, f"{keys} {_data(row['dataset'])} {_recipe(row)}", asked), 4 * epochs
+    train, evaluate = _imagenet(f"slimmable_{row['backbone']}")
+    return [train, f"{evaluate} --flops-target {row['macs_ratio_pct'] / 100:g}"], 4 * EPOCHS[row["dataset"]]
 
 
 def _made(name: str, keys: str, asked: str) -> list[str]:
