@@ -105,6 +105,8 @@ cifar10_long: .venv/ready
 	$(call rows,cifar10_long,$(CIFAR10_LONG),0.4 0.5 0.6 0.8)
 	$(BIN)/python experiments/easy_is_cheap.py runs/cifar10_long/rnr28 runs/cifar10/given $(CATS_OVER_SHIPS) \
 	  --out experiments/results/cifar10_long_easy.csv
+	$(BIN)/python experiments/easy_is_cheap.py runs/cifar10_long/rnr36x4 runs/cifar10/given $(CATS_OVER_SHIPS) \
+	  --out experiments/results/cifar10_x4_easy.csv
 	@$(MAKE) table
 
 # ResNet-20 and ResNet-56 for long, three seeds: each row resumes where it was stopped. It needs a GPU.
@@ -231,6 +233,7 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/conv4_comparison/table.md
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_easy.csv easy
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_long_easy.csv easy_long
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar10_x4_easy.csv easy_x4
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/shapes_easy.csv easy_shapes
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/enumeration.csv enumeration
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/batchnorm.csv batchnorm
