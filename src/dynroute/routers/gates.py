@@ -65,7 +65,8 @@ class DmnnOptions:
     category: bool = True
     """Category loss against superclasses, equations (9)-(10); off by itself where the data has none."""
     resource_weight: float = 2.0
-    """Weight lambda of the resource loss in equation (16). Ours, as ConvNet-AIG on CIFAR."""
+    """Weight lambda of the resource loss in equation (16). Ours: of 0.5, 2 and 8 on the embedded data, 2 ended nearest to the
+    target (docs/results.md). ConvNet-AIG's 2 on CIFAR is of a mean over blocks; here terms of blocks add up."""
     resource: str = "dmnn"
     """Resource loss: dmnn, equations (11)-(15); flops, the FLOPs term (14) alone, which leaves open where it is spent (ours);
     or aig: the mean over blocks of (share run - target)^2, no FLOPs term."""
