@@ -90,14 +90,14 @@ def test_the_loss_by_hand() -> None:
 def test_errors_are_in_parts_of_the_size_of_an_images_returns(td: str) -> None:
     out, batch = made_up(images=2)
     options = RnpOptions(td=td)
-    plain = [float(q_loss(*one(out, batch, i), options, alpha=0.1)) for i in (0, 1)]
+    plain = [q_loss(*one(out, batch, i), options, alpha=0.1).item() for i in (0, 1)]
     size_BU = torch.tensor([1.0, 5.0])[:, None].expand(2, 2)
     sized = Output(out.logits_BK, Trace(out.trace.keep_BUG, out.trace.notes | {"size": size_BU}), out.macs_B)
-    alone = [float(q_loss(*one(sized, batch, i), options, alpha=0.1)) for i in (0, 1)]
+    alone = [q_loss(*one(sized, batch, i), options, alpha=0.1).item() for i in (0, 1)]
     assert alone[0] == pytest.approx(plain[0]) and alone[1] < plain[1] / 5
     if td == "mse":
         assert alone[1] == pytest.approx(plain[1] / 25)
-    assert float(q_loss(sized, batch, options, alpha=0.1)) == pytest.approx(sum(alone) / 2)
+    assert q_loss(sized, batch, options, alpha=0.1).item() == pytest.approx(sum(alone) / 2)
 
 
 def test_the_size_of_returns_grows_with_the_charge_and_is_known_only_where_charges_vary() -> None:
