@@ -33,7 +33,8 @@ RESULTS = Path(__file__).parent / "results" / "agent_step.csv"
 
 def made(backbone: str, batch: int, phase: str) -> tuple[Callable[[], None], Callable[[], None]]:
     """(one training step of that phase, one masked forward pass without gradient), random weights and images."""
-    config = load_config(overrides=["router.name=rnr", "data.name=cifar10", f"backbone.name={backbone}"])
+    words = ["router.name=rnr", "data.name=cifar10", f"backbone.name={backbone}"]
+    config = load_config(overrides=[*words, "optim.amp=none"])  # in fp32, as the forward pass
     spec = known_spec(config.data)
     assert spec is not None
     torch.manual_seed(0)
