@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +20,17 @@ from dynroute.units import (
     FEW,
     STATISTICS,
     BasicUnit,
+    ConvUnit,
     GroupedBasic,
+    GroupedBottleneck,
+    GroupedInverted,
     PathBasic,
     Place,
     Reorder,
     WidthNorm,
     even_split,
 )
+from dynroute.units.base import masked
 
 
 def make(kind: type[BasicUnit], parts: int = 3, stride: int = 1, shortcut: str = "A") -> Any:
@@ -209,6 +214,53 @@ def test_width_norm_in_eval_takes_each_image_by_its_width() -> None:
     expected = torch.cat([plain[w - 1].eval()(y[i : i + 1]) for i, w in enumerate(width_B.tolist())])
     assert torch.allclose(norm(y, width_B), expected)
     assert torch.allclose(norm(y, None), plain[2].eval()(y))
+
+
+# --- what a masked step keeps -------------------------------------------------------------------------------
+
+
+def test_a_mask_that_learns_nothing_is_the_same_as_behind_the_relu() -> None:
+    x = torch.randn(4, 6, 5, 5, requires_grad=True)
+    mask_BC11 = torch.tensor([[1.0, 1, 1, 0, 0, 0]] * 4)[:, :, None, None]
+    for relu in (F.relu, F.relu6):
+        behind, before = relu(3 * x) * mask_BC11, masked(3 * x, mask_BC11, relu)
+        assert torch.equal(before, behind)
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (before, behind)]
+        assert torch.equal(*grads)
+
+
+def test_a_mask_that_learns_hears_of_what_it_closes() -> None:
+    mask_BC11 = torch.zeros(4, 6, 1, 1, requires_grad=True)
+    masked(torch.ones(4, 6, 5, 5), mask_BC11).sum().backward()
+    assert mask_BC11.grad is not None and bool((mask_BC11.grad == 25).all())
+
+
+def kept_bytes(unit: Any, x: Tensor, keep_BG: Tensor | None) -> int:
+    """Bytes of the tensors that a training step of the unit keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(value: Tensor) -> Tensor:
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        out = unit.train()(x, keep_BG)
+    del out
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("unit", ["basic", "bottleneck", "inverted", "conv"])
+def test_a_masked_step_keeps_no_more_than_a_dense_one(unit: str) -> None:
+    sizes = even_split(32, 4)
+    units: dict[str, Callable[[], Any]] = {
+        "basic": lambda: GroupedBasic(Place("unit", 32, 32, 1, 16), sizes),
+        "bottleneck": lambda: GroupedBottleneck(Place("unit", 32, 32, 1, 16), sizes),
+        "inverted": lambda: GroupedInverted(Place("unit", 32, 32, 1, 16), sizes),
+        "conv": lambda: ConvUnit("unit", 32, sizes, 16, norm=True, pool=True),
+    }
+    x = torch.randn(64, 32, 16, 16, requires_grad=True)
+    keep_BG = (torch.arange(4)[None] <= torch.arange(64)[:, None] % 4).float()
+    assert kept_bytes(units[unit](), x, keep_BG) < 1.03 * kept_bytes(units[unit](), x, None)
 
 
 # --- small pieces -------------------------------------------------------------------------------------------

@@ -89,7 +89,10 @@ def by_group(x_BCHW: Tensor, group_B: Tensor, run: Callable[[int, Tensor, bool],
     inverse_B = order_B.argsort()
     parts = Reorder.apply(x_BCHW, order_B, inverse_B).split(counts)
     done = [run(group, part, len(part) >= FEW) for group, part in enumerate(parts) if len(part)]
-    return Reorder.apply(torch.cat(done), inverse_B, order_B)
+    del parts
+    merged = torch.cat(done)
+    done.clear()  # here memory is at its peak, and autograd does not keep these
+    return Reorder.apply(merged, inverse_B, order_B)
 
 
 class WidthNorm(nn.Module):
@@ -221,6 +224,16 @@ def channel_mask(keep_BG: Tensor, sizes: Sequence[int]) -> Tensor:
     """keep_BG spread over the channels of its parts, to multiply feature maps with: (B, C, 1, 1). sizes: channels by part."""
     sizes_G = torch.tensor(sizes, device=keep_BG.device)
     return keep_BG.repeat_interleave(sizes_G, dim=1, output_size=sum(sizes))[:, :, None, None]
+
+
+def masked(x_BCHW: Tensor, mask_BC11: Tensor, relu: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
+    """relu(x) times a mask of zeros and ones; relu: ReLU or ReLU6, not in place.
+
+    A mask that learns nothing goes before the ReLU, which is the same to the bit and leaves one feature map less to keep
+    for the backward pass: where the mask is 0 so is the output, and there a ReLU passes no gradient. One that learns goes
+    after it.
+    """
+    return relu(x_BCHW) * mask_BC11 if mask_BC11.requires_grad else relu(x_BCHW * mask_BC11)
 
 
 def common_width(keep_BG: Tensor) -> int | None:

@@ -19,6 +19,7 @@ from dynroute.units.base import (
     WidthNorm,
     channel_mask,
     common_width,
+    masked,
     sliced_conv,
     sliced_norm,
     tensors,
@@ -85,7 +86,7 @@ class BasicUnit(Unit):
 class GroupedBasic(BasicUnit):
     """Basic block whose hidden channels form G nested groups; keeping a groups computes the first a (RNP; RNR incremental).
 
-    The mask goes after BatchNorm and ReLU: before them, BatchNorm would turn the zeros into non-zeros.
+    The mask goes behind BatchNorm, which would turn zeros into non-zeros.
     """
 
     form: Form = "nested"
@@ -100,11 +101,11 @@ class GroupedBasic(BasicUnit):
         kept = None if keep_BG is None or keep_BG.requires_grad else common_width(keep_BG[:, : len(self.sizes)])
         if kept:
             return self._uniform(x_BCHW, kept)
-        u = F.relu_(self.bn1(self.conv1(x_BCHW)))
+        u = self.bn1(self.conv1(x_BCHW))
         if keep_BG is None:
-            return F.relu_(self.shortcut(x_BCHW) + self.bn2(self.conv2(u), None))
+            return F.relu_(self.shortcut(x_BCHW) + self.bn2(self.conv2(F.relu_(u)), None))
         keep_BG = keep_BG[:, : len(self.sizes)]
-        u = u * channel_mask(keep_BG, self.sizes).to(u.dtype)
+        u = masked(u, channel_mask(keep_BG, self.sizes).to(u.dtype))
         y = self.bn2(self.conv2(u), keep_BG.detach().sum(1).long())
         anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
         return F.relu_(self.shortcut(x_BCHW) + y * anything_B111)

@@ -20,6 +20,7 @@ from dynroute.units.base import (
     Weights,
     WidthNorm,
     channel_mask,
+    masked,
     sliced_conv,
     sliced_norm,
     tensors,
@@ -34,7 +35,7 @@ class GroupedBottleneck(Unit):
 
     RNR incremental on ResNet-50; the paper gives no details, so the cut is ours: one choice of a narrows the outputs of
     conv1, both sides of conv2 (which carries the stride, as torchvision's v1.5 does) and the inputs of conv3. Masks go
-    after BatchNorm and ReLU. bn1 sees the same at every width; bn2 and bn3 have statistics of their own for each.
+    behind BatchNorm. bn1 sees the same at every width; bn2 and bn3 have statistics of their own for each.
     sizes: channels of each group, before and after conv2.
     """
 
@@ -55,14 +56,14 @@ class GroupedBottleneck(Unit):
 
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run; keep_BG must be a prefix of ones."""
-        u = F.relu_(self.bn1(self.conv1(x_BCHW)))
+        u = self.bn1(self.conv1(x_BCHW))
         if keep_BG is None:
-            u = F.relu_(self.bn2(self.conv2(u), None))
+            u = F.relu_(self.bn2(self.conv2(F.relu_(u)), None))
             return F.relu_(self.shortcut(x_BCHW) + self.bn3(self.conv3(u), None))
         keep_BG = keep_BG[:, : len(self.sizes)]
         mask_BC11 = channel_mask(keep_BG, self.sizes).to(u.dtype)
         width_B = keep_BG.detach().sum(1).long()
-        u = F.relu(self.bn2(self.conv2(u * mask_BC11), width_B)) * mask_BC11  # a view of sorted images: not in place
+        u = masked(self.bn2(self.conv2(masked(u, mask_BC11)), width_B), mask_BC11)
         y = self.bn3(self.conv3(u), width_B)
         anything_B111 = keep_BG[:, :1, None, None].to(y.dtype)  # a prefix that is not empty holds its first part
         return F.relu_(self.shortcut(x_BCHW) + y * anything_B111)

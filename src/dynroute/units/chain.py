@@ -15,15 +15,25 @@ from torch import Tensor, nn
 
 from dynroute.contracts import UnitSpec
 from dynroute.cost import CostTerms, conv_macs
-from dynroute.units.base import Unit, Weights, WidthNorm, common_width, sliced_conv, sliced_norm, tensors
+from dynroute.units.base import (
+    Unit,
+    Weights,
+    WidthNorm,
+    channel_mask,
+    common_width,
+    masked,
+    sliced_conv,
+    sliced_norm,
+    tensors,
+)
 from dynroute.units.ranking import best_first
 
 
 class ConvUnit(Unit):
     """3x3 convolution with bias, BatchNorm if asked for, ReLU, and 2x2 max-pooling if asked for (RNP; Lin et al., 2017).
 
-    The mask comes after ReLU. Without BatchNorm this is the same as the authors' mask on the convolution's output before
-    ReLU; with one it is not, since BatchNorm turns zeros into non-zeros. The statistics behind a convolution depend on how
+    The mask is the authors', on the convolution's output before ReLU; with a BatchNorm it comes behind that, which would
+    turn zeros into non-zeros. The statistics behind a convolution depend on how
     much of its input was kept, so the BatchNorm is one of its own for each width of the unit read (ours; RNP has none).
 
     sizes: output channels of each part. in_size: height (= width) of the input. reads: index of the unit whose output this
@@ -63,14 +73,11 @@ class ConvUnit(Unit):
         y = self.conv(x_BCHW)
         if self.norm is not None:
             y = self.norm(y, None if above_BG is None else above_BG.detach().sum(1).long())
-        y = F.relu(y)  # not in place: a WidthNorm returns a view of sorted images
         if self.pool is not None:
-            y = self.pool(y)
+            y = self.pool(y)  # before ReLU: the same, on a quarter of the values
         if keep_BG is None:
-            return y
-        sizes = torch.tensor(self.sizes, device=keep_BG.device)
-        mask_BC = keep_BG[:, : len(self.sizes)].repeat_interleave(sizes, dim=1, output_size=sum(self.sizes))
-        return y * mask_BC[:, :, None, None].to(y.dtype)
+            return F.relu(y)  # not in place: a WidthNorm returns a view of sorted images
+        return masked(y, channel_mask(keep_BG[:, : len(self.sizes)], self.sizes).to(y.dtype))
 
     def _uniform(self, x_BCHW: Tensor, kept: int, read: int) -> Tensor:
         """All images at one width, behind one width: a static chain trains at its own cost."""

@@ -17,6 +17,7 @@ from dynroute.units.base import (
     Weights,
     WidthNorm,
     channel_mask,
+    masked,
     sliced_conv,
     sliced_norm,
     tensors,
@@ -51,12 +52,12 @@ class GroupedInverted(Unit):
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """The masked run; keep_BG must be a prefix of ones, and without a residual sum not empty."""
         u = F.relu6(self.bn1(self.expand(x_BCHW)), inplace=True)
-        u = F.relu6(self.bn2(self.depthwise(u)), inplace=True)
+        u = self.bn2(self.depthwise(u))
         if keep_BG is None:
-            y = self.bn3(self.project(u), None)
+            y = self.bn3(self.project(F.relu6(u, inplace=True)), None)
             return x_BCHW + y if self.residual else y
         keep_BG = keep_BG[:, : len(self.sizes)]
-        u = u * channel_mask(keep_BG, self.sizes).to(u.dtype)
+        u = masked(u, channel_mask(keep_BG, self.sizes).to(u.dtype), F.relu6)
         y = self.bn3(self.project(u), keep_BG.detach().sum(1).long())
         if not self.residual:
             return y
