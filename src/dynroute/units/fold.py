@@ -169,7 +169,10 @@ class _Fold(torch.autograd.Function):
 def _pointwise(x_BIHW: Tensor, weight_OI: Tensor) -> Tensor:
     """weight x at each pixel, channels_last; by the faster library: oneDNN's convolutions beat the products but on tiny maps."""
     if x_BIHW.shape[2] * x_BIHW.shape[3] < TINY:
-        return _maps(_rows(x_BIHW) @ weight_OI.T, x_BIHW)
+        shape, kind = (len(x_BIHW), len(weight_OI), *x_BIHW.shape[2:]), {"dtype": x_BIHW.dtype, "device": x_BIHW.device}
+        y_BOHW = torch.empty(shape, memory_format=torch.channels_last, **kind)
+        torch.mm(_rows(x_BIHW), weight_OI.T, out=_rows(y_BOHW))
+        return y_BOHW  # no view, so that ReLU may write over it
     return F.conv2d(x_BIHW.contiguous(memory_format=torch.channels_last), weight_OI[:, :, None, None])
 
 
