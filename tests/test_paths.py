@@ -417,15 +417,15 @@ def test_training_is_that_of_sub_blocks_apart(kind: Any, stride: int, outputs: i
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("stride", "outputs"), [(1, 6), (1, 10), (2, 10)])
-@pytest.mark.parametrize("tiny", [0, 10**9])
+@pytest.mark.parametrize("wide", [0, 128])
 def test_the_covariance_fold_is_exact(
-    tiny: int, stride: int, outputs: int, gated: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    wide: int, stride: int, outputs: int, gated: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Outputs, all gradients and running statistics as of one BatchNorm for each sub-block, in float64; a dead channel too.
 
-    tiny: so that the products are convolutions, or matrix products.
+    wide: so that the products are convolutions, or matrix products.
     """
-    monkeypatch.setattr("dynroute.units.fold.TINY", tiny)
+    monkeypatch.setattr("dynroute.units.fold.WIDE", wide)
     monkeypatch.setattr("dynroute.units.fold.PIECE", 600)  # two images at a time where the stride is 1
     results = []
     for fold in (True, False):
@@ -445,8 +445,12 @@ def test_the_covariance_fold_is_exact(
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("wide", [0, 128])
 @pytest.mark.parametrize("size", [1, 5])
-def test_a_convolution_and_the_shortcut_share_one_gradient(size: int) -> None:
+def test_a_convolution_and_the_shortcut_share_one_gradient(
+    size: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynroute.units.fold.WIDE", wide)
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 1, bias=False).double()
     x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)

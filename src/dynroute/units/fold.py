@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAST = 2  # pixels of a minibatch for each hidden channel, from which on the fold is the faster form (ours, measured)
-TINY = 9  # pixels of a map below which a matrix product is faster than a 1x1 convolution (ours, measured)
+TINY = 4  # pixels of a map up to which a matrix product is faster than a 1x1 convolution (ours, measured)
+WIDE = 128  # channels on both sides from which on a 1x1 convolution is faster than a matrix product (ours, measured)
 PIECE = 2**18  # numbers of a map that are multiplied and summed up in one go on a processor (ours)
 
 
@@ -50,7 +51,7 @@ class _Fork(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x and weight, computed in the convolution's precision."""
         (x_BIHW, weight_CI11), low = ctx.saved_tensors, grads[0].dtype
-        dx_BIHW = _pointwise(grads[0], weight_CI11.flatten(1).T.to(low)).add_(grads[1].to(low))
+        dx_BIHW = _pointwise(grads[0], weight_CI11.flatten(1).T.to(low), grads[1].to(low))
         dweight_CI = _rows(grads[0]).T @ _rows(x_BIHW).to(low)
         return dx_BIHW.to(x_BIHW.dtype), dweight_CI.to(weight_CI11.dtype).view_as(weight_CI11)
 
@@ -117,7 +118,7 @@ class _Fold(torch.autograd.Function):
         mask_B1C = keep_BG[:, None, owner_C].to(low)
         gated_MC = torch.mul(u_MC.view(len(u_BCHW), -1, len(mean_C)), mask_B1C, out=used_BMC).flatten(0, 1)
         bias_BO11 = (keep_BG @ bias_GO)[:, :, None, None].to(low)
-        y_BOHW = _pointwise(_maps(gated_MC, u_BCHW), folded_OC).add_(out_BOHW).add_(bias_BO11)
+        y_BOHW = _pointwise(_maps(gated_MC, u_BCHW), folded_OC, out_BOHW, bias_BO11)
         ctx.save_for_backward(
             u_BCHW, gated_MC, keep_BG, weight_OC, folded_OC, torch.cat(spread, 1), owner_C, mean_C,
             mean_GO, gamma_GO, inverse_GO, bias_GO,
@@ -166,14 +167,21 @@ class _Fold(torch.autograd.Function):
         return grads[0], _maps(du_MC, u_BCHW), dkeep_BG, dweight_OC, (dscale_GO * inverse_GO), dbias_GO, None, None
 
 
-def _pointwise(x_BIHW: Tensor, weight_OI: Tensor) -> Tensor:
-    """weight x at each pixel, channels_last; by the faster library: oneDNN's convolutions beat the products but on tiny maps."""
-    if x_BIHW.shape[2] * x_BIHW.shape[3] < TINY:
-        shape, kind = (len(x_BIHW), len(weight_OI), *x_BIHW.shape[2:]), {"dtype": x_BIHW.dtype, "device": x_BIHW.device}
-        y_BOHW = torch.empty(shape, memory_format=torch.channels_last, **kind)
-        torch.mm(_rows(x_BIHW), weight_OI.T, out=_rows(y_BOHW))
-        return y_BOHW  # no view, so that ReLU may write over it
-    return F.conv2d(x_BIHW.contiguous(memory_format=torch.channels_last), weight_OI[:, :, None, None])
+def _pointwise(x_BIHW: Tensor, weight_OI: Tensor, *added: Tensor) -> Tensor:
+    """weight x at each pixel, plus up to two things of that shape or spread over it; channels_last, by the faster library.
+
+    oneDNN's convolutions beat matrix products but on tiny maps and few channels.
+    """
+    if min(weight_OI.shape) >= WIDE and x_BIHW.shape[2] * x_BIHW.shape[3] > TINY:
+        y_BOHW = F.conv2d(x_BIHW.contiguous(memory_format=torch.channels_last), weight_OI[:, :, None, None])
+        for more in added:
+            y_BOHW.add_(more)
+        return y_BOHW
+    if not added:
+        return _maps(_rows(x_BIHW) @ weight_OI.T, x_BIHW)
+    y_BOHW = (torch.add(*added) if len(added) > 1 else added[0].clone()).contiguous(memory_format=torch.channels_last)
+    y_BOHW.permute(0, 2, 3, 1).view(-1, len(weight_OI)).addmm_(_rows(x_BIHW), weight_OI.T)
+    return y_BOHW
 
 
 def _rows(x_BCHW: Tensor) -> Tensor:
