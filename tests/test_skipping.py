@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dynroute.contracts import InputError, Setting
 from dynroute.net import RoutedNet
 from dynroute.routers import legal, stacked
-from dynroute.skipping import FastNet, cache, chain, kernels, load_forms, packed_works, save_forms
+from dynroute.skipping import FastNet, cache, chain, executor, kernels, load_forms, packed_works, save_forms
 from dynroute.skipping import unit as unit_room
 from dynroute.skipping.cache import LOOK_AGAIN, Key, Programs
 from dynroute.skipping.forms import forms_for
@@ -267,6 +267,33 @@ def test_threads_change_nothing(name: str, unit: str, images: int) -> None:
     assert close(two.logits_BK, one.logits_BK)
     assert torch.equal(two.trace.keep_BUG, one.trace.keep_BUG)
     assert torch.equal(two.macs_B, one.macs_B)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("name", "unit"), [pair for pair in PAIRS if pair[1] != "cascade"])
+def test_pieces_of_a_minibatch_change_nothing(
+    name: str, unit: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = make_net(name, unit), pictures(9)
+    keep_BUG = FastNet(net)(x).trace.keep_BUG.flip(0)
+    whole, given = FastNet(net)(x), FastNet(net)(x, keep_BUG)
+    largest = 4 * max(unit.place.out_channels * unit.place.out_size**2 for unit in net.backbone.routable)
+    monkeypatch.setattr(executor, "CACHED", 3 * largest)
+    fast, seen = FastNet(net, threads=threads), []
+    together = fast._together
+    monkeypatch.setattr(fast, "_together", lambda x, keep: seen.append(len(x)) or together(x, keep))
+    for out, wanted in ((fast(x), whole), (fast(x, keep_BUG), given)):
+        assert close(out.logits_BK, wanted.logits_BK)
+        assert torch.equal(out.trace.keep_BUG, wanted.trace.keep_BUG)
+        assert torch.equal(out.macs_B, wanted.macs_B)
+    assert sorted(seen) == sorted({1: [3, 3, 3], 2: [3, 2, 2, 2]}[threads] * 2)  # of 9, or of 5 and 4, in equal pieces
+    fast.warm_up(x)
+    assert set(fast.forms) <= {3}
+
+
+def test_a_chain_goes_through_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "CACHED", 1)
+    assert FastNet(make_net("rnp", "channels", name="conv4")).piece(9) == 9
 
 
 def test_the_images_given_are_left_as_they_were() -> None:

@@ -27,9 +27,12 @@ from dynroute.skipping.chain import FastLayer, Slab, entire, pooled
 from dynroute.skipping.forms import Forms, forms_for
 from dynroute.skipping.lowering import straight
 from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, Run, Scratch, gathered
-from dynroute.units import ConvUnit, Unit
+from dynroute.units import ConvUnit, Place, Unit
 
 MEMORY = 3.0  # times the weights of the net
+CACHED = (
+    2**24
+)  # bytes of the largest map up to which images go through the net together on a processor (ours, measured)
 VERSION = operator.attrgetter("_version")  # of a tensor: counts changes in place
 
 
@@ -94,14 +97,29 @@ class FastNet:
         share = -(-len(x_BCHW) // self.threads)
         if share == len(x_BCHW):
             return self._run(x_BCHW, keep_BUG)
-        keeps: Sequence[Tensor | None] = [None] * self.threads if keep_BUG is None else keep_BUG.split(share)
-        parts = list(self._workers().map(self._apart, x_BCHW.split(share), keeps))
-        traces = [part.trace for part in parts]
-        trace = traces[0]._replace(keep_BUG=torch.cat([t.keep_BUG for t in traces]))
-        return Output(torch.cat([p.logits_BK for p in parts]), trace, torch.cat([p.macs_B for p in parts]))
+        return joined(list(self._workers().map(self._apart, *split(x_BCHW, keep_BUG, share))))
 
     def _run(self, x_BCHW: Tensor, keep_BUG: Tensor | None) -> Output:
         """One minibatch on this thread."""
+        piece = self.piece(len(x_BCHW))
+        if piece == len(x_BCHW):
+            return self._together(x_BCHW, keep_BUG)
+        return joined(list(map(self._together, *split(x_BCHW, keep_BUG, piece))))
+
+    def piece(self, images: int) -> int:
+        """How many of a thread's images go through the net together: equal pieces whose largest map stays in the cache.
+
+        All of them on an accelerator, and in a chain, whose large weights many images should share.
+        """
+        places = [place for unit in self.plain if isinstance(place := getattr(unit, "place", None), Place)]
+        if self.chain or not places or not next(self.net.backbone.parameters()).is_cpu:
+            return images
+        largest = max(max(p.in_channels * p.in_size**2, p.out_channels * p.out_size**2) for p in places)
+        pieces = -(-images // max(CACHED // (4 * largest), 1))
+        return -(-images // pieces) if pieces else images
+
+    def _together(self, x_BCHW: Tensor, keep_BUG: Tensor | None) -> Output:
+        """Images that go through the net unit by unit."""
         if keep_BUG is None and self._alike():
             return self._one_route(x_BCHW)
         routes = Routes(self.plain, self.router, x_BCHW, keep_BUG)
@@ -176,7 +194,7 @@ class FastNet:
         if self.chain or (keep_BUG is None and self._alike()):
             self(x_BCHW, keep_BUG)
             return []
-        share = -(-len(x_BCHW) // self.threads)
+        share = self.piece(-(-len(x_BCHW) // self.threads))
         x_BCHW, keep_BUG = x_BCHW[:share], None if keep_BUG is None else keep_BUG[:share]
         routes, forms = Routes(self.plain, self.router, x_BCHW, keep_BUG), []
         x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
@@ -221,6 +239,19 @@ class FastNet:
     @torch.inference_mode()
     def _apart(self, x_BCHW: Tensor, keep_BUG: Tensor | None) -> Output:
         return self._run(x_BCHW, keep_BUG)
+
+
+def split(x_BCHW: Tensor, keep_BUG: Tensor | None, size: int) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """A minibatch and its routes in runs of so many images."""
+    parts = x_BCHW.split(size)
+    return parts, [None] * len(parts) if keep_BUG is None else keep_BUG.split(size)
+
+
+def joined(parts: Sequence[Output]) -> Output:
+    """One output of those of consecutive images."""
+    traces = [part.trace for part in parts]
+    trace = traces[0]._replace(keep_BUG=torch.cat([t.keep_BUG for t in traces]))
+    return Output(torch.cat([p.logits_BK for p in parts]), trace, torch.cat([p.macs_B for p in parts]))
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
