@@ -30,9 +30,7 @@ from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, Run, Scratch
 from dynroute.units import ConvUnit, Place, Unit
 
 MEMORY = 3.0  # times the weights of the net
-CACHED = (
-    2**24
-)  # bytes of the largest map up to which images go through the net together on a processor (ours, measured)
+CACHED = 2**24  # bytes of the largest map of images that go through together, on a processor (ours, measured)
 VERSION = operator.attrgetter("_version")  # of a tensor: counts changes in place
 
 
@@ -61,6 +59,9 @@ class FastNet:
         self.plain = net.backbone.routable
         self.chain = all(isinstance(unit, ConvUnit) for unit in self.plain)
         self.tensors = [t for t in (*net.parameters(), *net.buffers()) if not t.is_inference()]  # which never change
+        places = [place for unit in self.plain if isinstance(place := getattr(unit, "place", None), Place)]
+        maps = [(p.in_channels * p.in_size**2, p.out_channels * p.out_size**2) for p in places]
+        self.largest = 4 * max(map(max, maps), default=0)  # bytes of one image's largest map, where known
         self.pool: ThreadPoolExecutor | None = None
         self.scratch = Scratch()
         self.forms: Forms = {}  # as measured by `warm_up`, or loaded
@@ -111,12 +112,10 @@ class FastNet:
 
         All of them on an accelerator, and in a chain, whose large weights many images should share.
         """
-        places = [place for unit in self.plain if isinstance(place := getattr(unit, "place", None), Place)]
-        if self.chain or not places or not next(self.net.backbone.parameters()).is_cpu:
+        if images < 2 or self.chain or not self.largest or not next(self.net.backbone.parameters()).is_cpu:
             return images
-        largest = max(max(p.in_channels * p.in_size**2, p.out_channels * p.out_size**2) for p in places)
-        pieces = -(-images // max(CACHED // (4 * largest), 1))
-        return -(-images // pieces) if pieces else images
+        pieces = -(-images // max(CACHED // self.largest, 1))
+        return -(-images // pieces)
 
     def _together(self, x_BCHW: Tensor, keep_BUG: Tensor | None) -> Output:
         """Images that go through the net unit by unit."""
