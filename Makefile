@@ -84,7 +84,7 @@ define rows
     --out runs/$(1)/$$name --resume && \
   case $$name in \
     widths|start|given16) continue ;; \
-    rnr_*) $(BIN)/dynroute eval runs/$(1)/$$name --flops-target 0.$${name##*_} --controls || test $$? -eq 3 ;; \
+    rnr*_*) $(BIN)/dynroute eval runs/$(1)/$$name --flops-target 0.$${name##*_} --controls || test $$? -eq 3 ;; \
     rn*|dmnn*|aig*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \
     slimmable) $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,0.25 0.5 0.75 1,--flops-target $(t)) || test $$? -eq 3 ;; \

@@ -185,7 +185,7 @@ class FastNet:
 
     @torch.inference_mode()
     def warm_up(self, x_BCHW: Tensor, keep_BUG: Tensor | None = None, repeats: int = 3) -> list[str]:
-        """Measure every unit's forms on a minibatch of such a size, and keep the fastest for minibatches of that size.
+        """Measure every unit's forms on a minibatch of such a size, or a piece of it, and keep the fastest for that size.
 
         Returns the names of units that run masked from now on: too small for anything to be saved. A chain has no forms.
         """
