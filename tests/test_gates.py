@@ -204,6 +204,16 @@ def test_the_controller_by_hand() -> None:
     assert torch.equal(decision.keep_BG, logits.argmax(2).float())
 
 
+def test_what_a_controller_tells_its_block_has_the_blocks_memory_format() -> None:
+    torch.manual_seed(0)
+    router = GateRouter(SPECS, DmnnOptions()).eval()
+    x = torch.randn(3, 8, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    decision, _ = router.decide(1, x, Memory(torch.zeros(3, 32)))
+    (gradient,) = torch.autograd.grad(decision.notes["logits"].sum(), x)
+    assert gradient.is_contiguous(memory_format=torch.channels_last) and not gradient.is_contiguous()
+    assert float(gradient.abs().sum()) > 0 and torch.equal(gradient, gradient[:, :, :1, :1].expand_as(gradient))
+
+
 def test_rate_and_decay_of_the_gates_are_the_phases() -> None:
     options = DmnnOptions(gate_lr=0.3, gate_decay=0.02)
     (phase,) = phases(make_net("dmnn", "paths"), options)

@@ -27,6 +27,7 @@ from dynroute.units import (
     PathBasic,
     Place,
     Reorder,
+    Subsample,
     WidthNorm,
     even_split,
 )
@@ -295,3 +296,12 @@ def test_shares_of_the_parts_sum_to_one_and_follow_their_cost(kind: str) -> None
     shares, costs = torch.tensor(unit.spec.part_shares), torch.tensor(unit.cost_terms().by_part_G)
     assert float(shares.sum()) == pytest.approx(1.0)
     assert torch.allclose(shares, costs / costs.sum())
+
+
+def test_the_shortcut_without_parameters_takes_every_second_pixel_and_keeps_channels_last_both_ways() -> None:
+    x = torch.randn(3, 4, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = Subsample(2, 1, 2)(x)
+    assert torch.equal(out[:, 1:5], x[:, :, ::2, ::2]) and not out[:, 0].any() and not out[:, 5:].any()
+    (gradient,) = torch.autograd.grad(out, x, torch.randn_like(out))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert gradient.is_contiguous(memory_format=torch.channels_last) and not gradient[:, :, 1::2].any()

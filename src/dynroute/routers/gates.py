@@ -190,7 +190,7 @@ class GateRouter(Router):
         Notes: logits_BG (open minus closed); while training category_BS, and with a budget asked_B, told_B and greedy_BG,
         the gates without noise.
         """
-        z_BC = x_BCHW.mean((2, 3)).to(self.get_buffer(f"share_{u}").dtype)  # the net may run in a shorter type
+        z_BC = _pooled(x_BCHW).to(self.get_buffer(f"share_{u}").dtype)  # the net may run in a shorter type
         if self.range is not None and state.told_B is not None:
             z_BC = torch.cat([z_BC, self.range.heard(state.told_B)[:, None].to(z_BC.dtype)], 1)
         v_BD = self.features[u](z_BC)
@@ -369,3 +369,10 @@ def category_loss(out: Output, superclasses_B: Tensor, weights_U: Tensor) -> Ten
     labels_BU = superclasses_B[:, None].expand(-1, logits_BUS.shape[1])
     losses_BU = F.cross_entropy(logits_BUS.transpose(1, 2), labels_BU, reduction="none")
     return (losses_BU.mean(0) * weights_U.to(losses_BU.device)).sum()
+
+
+def _pooled(x_BCHW: Tensor) -> Tensor:
+    """(B, C) mean over pixels. On the CPU in a form whose gradient keeps x's memory format, as that of `Tensor.mean` does not."""
+    if x_BCHW.device.type != "cpu":
+        return x_BCHW.mean((2, 3))
+    return F.avg_pool2d(x_BCHW, x_BCHW.shape[2:]).flatten(1)
