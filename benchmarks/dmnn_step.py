@@ -1,6 +1,6 @@
 """What training DMNN costs: forward and backward of sub-blocks against the plain block or net of as many parameters.
 
-    python benchmarks/dmnn_step.py [--rounds 15] [--only basic|bottleneck|inverted|net] [--batch 128]
+    python benchmarks/dmnn_step.py [--rounds 15] [--only basic|bottleneck|inverted|net] [--batch 128] [--precision bf16]
 
 A block: the sub-blocks with random gates against the plain block (basic blocks: with all hidden channels together). A net:
 a whole training step (forward, backward, SGD) with the controllers against the static net's. The sides of a row run in
@@ -48,7 +48,7 @@ BARS = {"basic": 1.6, "bottleneck": 1.0, "inverted": 1.6}
 
 
 class Case(NamedTuple):
-    """A row: the kind of block (or the net that is made of them), N, channels outside, pixels, images of a minibatch."""
+    """A row: kind of block (or the net made of them), N, channels outside, pixels, images of a minibatch, arithmetic."""
 
     kind: str
     what: str
@@ -56,20 +56,21 @@ class Case(NamedTuple):
     channels: int
     pixels: int
     batch: int
+    precision: str
 
 
-def cases(batch: int) -> Iterator[Case]:
+def cases(batch: int, precision: str) -> Iterator[Case]:
     """Blocks of CIFAR nets (width 16 and 32; ResNet-50 of 0.33 G), of ImageNet's ResNet-50 and MobileNetV2, and whole nets."""
     for parts in (2, 4):
         for channels, pixels in ((16, 32), (32, 32), (32, 16), (64, 16), (64, 8), (128, 8)):
-            yield Case("basic", "block", parts, channels, pixels, batch)
+            yield Case("basic", "block", parts, channels, pixels, batch, precision)
     for channels, pixels in ((256, 16), (512, 8), (1024, 4), (2048, 2)):
-        yield Case("bottleneck", "block", 4, channels, pixels, batch)
+        yield Case("bottleneck", "block", 4, channels, pixels, batch, precision)
     for channels, pixels in ((256, 56), (1024, 14)):
-        yield Case("bottleneck", "block", 4, channels, pixels, batch // (16 if pixels > 20 else 4))
-    yield Case("inverted", "block", 2, 32, 28, batch // 8)
-    yield Case("basic", "resnet20", 2, 32, 32, batch)
-    yield Case("bottleneck", "resnet50_cifar", 4, 256, 32, batch)
+        yield Case("bottleneck", "block", 4, channels, pixels, batch // (16 if pixels > 20 else 4), precision)
+    yield Case("inverted", "block", 2, 32, 28, batch // 8, precision)
+    yield Case("basic", "resnet20", 2, 32, 32, batch, precision)
+    yield Case("bottleneck", "resnet50_cifar", 4, 256, 32, batch, precision)
 
 
 def blocks(case: Case) -> tuple[Unit, Unit]:
@@ -114,10 +115,12 @@ def other(case: Case) -> Unit | None:
 
 
 def block_steps(case: Case) -> list[Callable[[], None]]:
-    """Forward and backward of each side, as in training: channels_last, in fp32, gradients to input and gates too."""
+    """Forward and backward of each side, as in training: channels_last, gradients to input and gates too."""
     torch.manual_seed(0)
     shape = (case.batch, case.channels, case.pixels, case.pixels)
-    x_BCHW = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    low = case.precision == "bf16"  # the input too: it comes from another block
+    x_BCHW = torch.randn(shape, dtype=torch.bfloat16 if low else torch.float32)
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last).requires_grad_()
     grad_BCHW = torch.randn_like(x_BCHW)
     keep_BG = (torch.rand(case.batch, case.parts) < 0.7).float().requires_grad_()
 
@@ -126,7 +129,9 @@ def block_steps(case: Case) -> list[Callable[[], None]]:
 
         def step() -> None:
             unit.zero_grad()
-            unit(x_BCHW, keep).backward(grad_BCHW)
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                y_BCHW = unit(x_BCHW, keep)
+            y_BCHW.backward(grad_BCHW)
 
         return step
 
@@ -137,7 +142,12 @@ def block_steps(case: Case) -> list[Callable[[], None]]:
 
 def net_steps(case: Case) -> list[Callable[[], None]]:
     """One training step of the routed net, controllers and losses included, and of the static net."""
-    words = ["data.name=cifar100", f"backbone.name={case.what}", "optim.amp=none", f"optim.batch_size={case.batch}"]
+    words = [
+        "data.name=cifar100",
+        f"backbone.name={case.what}",
+        f"optim.amp={'bf16' if case.precision == 'bf16' else 'none'}",
+        f"optim.batch_size={case.batch}",
+    ]
     words += [f"backbone.width={case.channels}"] if case.kind == "basic" else []
     methods = (["router.name=dmnn", f"backbone.parts={case.parts}"], ["router.name=static"])
     return [net_step(case, [*words, *method]) for method in methods]
@@ -194,9 +204,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--only", choices=[*BARS, "net"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    for case in cases(asked.batch):
+    for case in cases(asked.batch, asked.precision):
         if asked.only not in (None, case.kind if case.what == "block" else "net"):
             continue
         made = block_steps(case) if case.what == "block" else net_steps(case)
