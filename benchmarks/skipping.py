@@ -5,7 +5,7 @@
 Random weights and images; routes drawn at a rate or evenly; every router really runs. All figures are ratios of times that
 were taken in turn in one process, by the thread's processor time with one thread, by the wall's with two (which wants a
 quiet machine). Writes benchmarks/results/skipping.csv; with --device cuda skipping_cuda.csv, where no bars are set. NAMEs
-measure some of the cases anew; the others keep their rows. The case onnxruntime needs dynroute[export].
+measure some of the cases anew; the others keep their rows, and so do other machines. The case onnxruntime needs dynroute[export].
 """
 
 from __future__ import annotations
@@ -234,11 +234,13 @@ def main() -> None:
 
 
 def store(file: Path, row: Figures, order: list[str]) -> None:
-    """Put a row in the place of the one of its case; three digits tell all that was measured."""
+    """Put a row in the place of the one of its case and machine; three digits tell all that was measured."""
     short = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}
-    rows: dict[str, Any] = {old["case"]: old for old in read_rows(file)} if file.exists() else {}
-    rows[row["case"]] = short
-    write_rows(file, [rows[name] for name in order if name in rows], COLUMNS)
+    rows: dict[tuple[str, str], Any] = (
+        {(old["case"], old["machine"]): old for old in read_rows(file)} if file.exists() else {}
+    )
+    rows[row["case"], row["machine"]] = short
+    write_rows(file, sorted(rows.values(), key=lambda row: order.index(row["case"])), COLUMNS)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,14 @@ def test_lines_are_computed_as_they_say(skipping: ModuleType, monkeypatch: pytes
     ], "the lines of one run share it"
 
 
+def test_another_machines_row_of_a_case_stays_beside_a_new_one(skipping: ModuleType, tmp_path: Path) -> None:
+    file, order = tmp_path / "rows.csv", ["a", "b"]
+    for case, machine, reached in (("b", "one", 1.0), ("b", "two", 2.0), ("a", "two", 3.0), ("b", "one", 4.0)):
+        skipping.store(file, {"case": case, "machine": machine, "reached": reached}, order)
+    rows = [(row["case"], row["machine"], row["reached"]) for row in read_rows(file)]
+    assert rows == [("a", "two", "3"), ("b", "one", "4"), ("b", "two", "2")]
+
+
 def test_two_cores_are_compared_with_one(skipping: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
 
