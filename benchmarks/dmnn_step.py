@@ -7,7 +7,7 @@ a whole training step (forward, backward, SGD) with the controllers against the 
 turn in one process on one thread, so that drift hits all; figures are ratios of medians of thread CPU time. other_over_plain:
 the form not taken, of basic blocks the last convolutions as one grouped convolution, of bottlenecks without the covariance
 fold, or with it where the minibatch has too few pixels. bar: what over_plain is wanted to stay below. Rows go into
-benchmarks/results/dmnn_step.csv as they are measured, each in the place of an earlier one of its case.
+benchmarks/results/dmnn_step.csv as they are measured, each in the place of an earlier one of its case and machine.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def times(steps: list[Callable[[], None]], rounds: int) -> list[float]:
 
 
 def keep(row: dict[str, Any]) -> None:
-    """Put a row into the CSV, in the place of an earlier one of the same case."""
+    """Put a row into the CSV, in the place of an earlier one of the same case and machine."""
     rows: dict[Any, Any] = {_name(old): old for old in read_rows(RESULTS)} if RESULTS.exists() else {}
     rows[_name(row)] = row
     RESULTS.parent.mkdir(exist_ok=True)
@@ -195,7 +195,7 @@ def keep(row: dict[str, Any]) -> None:
 
 
 def _name(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[field]) for field in Case._fields)
+    return tuple(str(row[field]) for field in (*Case._fields, "machine"))
 
 
 def main() -> None:

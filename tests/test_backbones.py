@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.backbones import Backbone, BackboneOptions
+from dynroute.backbones.mobilenet import MobileNetV2
 from dynroute.contracts import InputError
 from dynroute.cost import NetCost
 from dynroute.routers import legal, stacked
 from dynroute.testing import check_backbone, close, count_macs, shake
 from dynroute.units import BASIC, contribution
-from tiny import make_backbone, pictures
+from tiny import SPEC, make_backbone, pictures
 
 State = dict[str, Tensor]
 
@@ -268,6 +269,15 @@ def test_weights_of_another_net_are_refused(kwargs: dict[str, Any], unit: str) -
 def test_options_out_of_range(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BackboneOptions(**wrong)
+
+
+@pytest.mark.parametrize("asked", [{"path_width": 0.5}, {"path_least": 8}])
+def test_widths_of_sub_blocks_are_refused_where_there_are_none(asked: dict[str, Any]) -> None:
+    for unit in ("channels", "choice"):
+        with pytest.raises(InputError, match=r"path_width and path_least are for backbone\.unit=paths"):
+            BackboneOptions(**asked).resolved(unit)
+    with pytest.raises(InputError, match="equal parts of the expansion"):
+        MobileNetV2(SPEC, BackboneOptions("mobilenet_v2", **asked).resolved("paths"))
 
 
 def test_options_resolve_to_what_the_router_needs() -> None:

@@ -203,6 +203,9 @@ def test_eval_latency_times_the_run(runs: dict[str, Path], capsys: Capture) -> N
     (row,) = json.loads(out)["rows"]
     assert row["latency_ms_p50"] > 0 and row["speedup"] > 0
     assert (row["latency_batch"], row["latency_threads"], row["latency_device"]) == (1, 1, "cpu")
+    timed = {line["mode"]: line for line in read_rows(runs["static"] / "bench.csv")}
+    assert float(timed["skipping"]["latency_ms_p50"]) == pytest.approx(row["latency_ms_p50"])
+    assert timed["dense_best"]["clock"] == "thread"
 
 
 def test_eval_for_people_is_a_table(runs: dict[str, Path], capsys: Capture) -> None:

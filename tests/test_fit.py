@@ -18,6 +18,7 @@ from dynroute.checkpoints import load_checkpoint
 from dynroute.config import Config, load_config
 from dynroute.contracts import Batch, InputError, Output
 from dynroute.data import Dataset, load
+from dynroute.evaluation import Evaluator
 from dynroute.fit import Diverged, Step, fit, set_modes
 from dynroute.net import RoutedNet
 from dynroute.optim import OptimOptions, amp_dtype, learning_curve, make_optimizers
@@ -484,3 +485,10 @@ def test_bf16_training_runs_and_repeats(tmp_path: Path) -> None:
     for name in ("a", "b"):
         runs.train(config, tmp_path / name)
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(("wanted", "precision"), [("bf16", "bf16"), ("none", "fp32")])
+def test_the_precision_of_training_is_told_with_the_results(wanted: str, precision: str, tmp_path: Path) -> None:
+    runs.train(config_of("dmnn", f"optim.amp={wanted}"), tmp_path / "run")
+    assert {row["precision"] for row in read_rows(tmp_path / "run" / "train.csv")} == {precision}
+    assert Evaluator.of(tmp_path / "run").measure(None).row.precision == precision

@@ -448,12 +448,17 @@ BODIES = [("resnet8", pair) for pair in PAIRS] + [
     ("conv4_bn", ("rnr", "channels")),
     ("mobilenet_v2", ("dmnn", "paths")),
     ("mobilenet_v2", ("rnr", "channels")),
+    ("resnet50", ("dmnn", "paths")),
+    ("resnet50", ("rnr", "channels")),
+    ("resnet50", ("rnr", "choice")),
+    ("vgg16_cifar", ("rnp", "channels")),
 ]
 
 
 def form_of(name: str) -> dict[str, int]:
-    """What a body is built with besides its name: MobileNetV2 comes in one width."""
-    return {"size": 32, "width": 0} if name == "mobilenet_v2" else {}
+    """What a body is built with besides its name: MobileNetV2 comes in one width, and five times a map is halved."""
+    own = {"mobilenet_v2": {"size": 32, "width": 0}, "resnet50": {"size": 32}, "vgg16_cifar": {"size": 32}}
+    return own.get(name, {})
 
 
 @settings(max_examples=60, deadline=None)

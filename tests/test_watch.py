@@ -14,8 +14,11 @@ from dynroute.cli import main
 from dynroute.contracts import UnitSpec
 from dynroute.fit import remarks
 from dynroute.measure import Scores
+from dynroute.net import RoutedNet
 from dynroute.records import read_rows
 from dynroute.routers import Phase, cross_entropy
+from dynroute.routers.gates import DmnnOptions, GateRouter, phases
+from tiny import make_backbone
 
 SPEC = UnitSpec("u", 4, 2, "free", True, (0.5, 0.5))
 
@@ -36,9 +39,14 @@ def test_executed_share_entropy_and_fixed_parts_by_hand() -> None:
     }
 
 
-def said(trains: tuple[str, ...] = ("backbone", "router"), target: float | None = 0.5, **row: Any) -> str:
-    phase = Phase("p", 1, trains, cross_entropy, target=target)
-    return "; ".join(remarks(phase, {"calib_routes": 7, "calib_executed": 0.5, **row}))
+def said(
+    trains: tuple[str, ...] = ("backbone", "router"),
+    target: float | None = 0.5,
+    target_share: float | None = None,
+    **row: Any,
+) -> str:
+    phase = Phase("p", 1, trains, cross_entropy, target=target, target_share=target_share)
+    return "; ".join(remarks(phase, {"calib_routes": 7, "calib_executed": 0.5, "calib_share": 0.9, **row}))
 
 
 def test_remarks_are_made_where_something_is_wrong_only() -> None:
@@ -50,6 +58,32 @@ def test_remarks_are_made_where_something_is_wrong_only() -> None:
             said(calib_executed=executed)
             == f"{executed:.3f} of the parts run on the calibration split, 0.500 are asked for"
         )
+
+
+def test_a_share_of_the_multiply_adds_may_be_what_is_asked_for() -> None:
+    assert said(target=None, target_share=0.94) == ""
+    assert said(target=None, target_share=0.5) == (
+        "0.900 of the dense net's FLOPs run on the calibration split, 0.500 are asked for"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "parts", "share"),
+    [
+        ({}, 0.5, None),
+        ({"resource": "flops"}, None, 0.5),
+        ({"resource": "flops", "budget": [0.2, 0.8]}, None, 0.5),
+        ({"resource": "aig", "targets": [0.2, 0.4, 0.9]}, 0.5, None),
+    ],
+)
+def test_gates_are_watched_by_what_their_loss_asks_for(
+    words: dict[str, Any], parts: float | None, share: float | None
+) -> None:
+    backbone = make_backbone(unit="paths")
+    options = DmnnOptions(**({"target": 0.5} | words if "budget" not in words else words))
+    (phase,) = phases(RoutedNet(backbone, GateRouter(backbone.specs, options)), options)
+    assert phase.target == (pytest.approx(parts) if parts else None)
+    assert phase.target_share == (pytest.approx(share) if share else None)
 
 
 def test_remarks_reach_screen_log_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

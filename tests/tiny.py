@@ -72,23 +72,23 @@ def make_net(router: str = "dmnn", unit: str = "paths", seed: int = 0, **backbon
     body = make_backbone(unit=unit, **backbone)
     shake(body)
     net = RoutedNet(body, make_router(router, body.specs)).eval()
-    centre(net.router, net)
+    centre(net.router, net, backbone.get("size", 16))
     return net.eval()
 
 
 @torch.no_grad()
-def centre(router: Router, net: RoutedNet) -> None:
+def centre(router: Router, net: RoutedNet, size: int = 16) -> None:
     """Bring a router's inputs or logits around zero, as training would: else all images get the same route."""
     if isinstance(router, QRouter):
         for norm in router.norms:
             norm.momentum = 1.0  # type: ignore[assignment]
         router.train()
-        net(pictures(64))
+        net(pictures(64, size=size))
     if isinstance(router, CascadeRouter):
         alone = torch.eye(2)[0].view(1, 2, 1).expand(64, -1, -1)
-        router.threshold = float(log_odds(net(pictures(64), alone).logits_BK).median())
+        router.threshold = float(log_odds(net(pictures(64, size=size), alone).logits_BK).median())
     if isinstance(router, GateRouter):
-        logits_UG = net(pictures(64)).trace.notes["logits"].mean(0)
+        logits_UG = net(pictures(64, size=size)).trace.notes["logits"].mean(0)
         for gate, logits_G in zip(router.gates, logits_UG, strict=True):
             gate.bias[1::2] -= logits_G  # type: ignore[index, operator, union-attr]
 

@@ -34,11 +34,13 @@ from dynroute.net import RoutedNet
 from dynroute.provenance import bench_labels, commit, machine
 from dynroute.records import (
     ANSWERS_FILE,
+    BENCH_FILE,
     EVAL_FILE,
     ROUTES_FILE,
     BenchRow,
     EvalRow,
     image_setting,
+    merge_bench,
     merge_eval,
     nearest,
     read_rows,
@@ -79,6 +81,7 @@ class Evaluator:
     device: torch.device
     checkpoint: str
     epochs: float
+    precision: str
     dial: Dial
     flops_max: float | None = None
     remarks: tuple[str, ...] = ()
@@ -116,12 +119,15 @@ class Evaluator:
 
         dial = make_dial(net, len(few), batches, read_budget(folder, fingerprint(path), flops_max))
         remarks = ("budget.json is of an older version: settings are fitted anew",) if outdated(folder) else ()
-        return cls(folder, net, config, data, place, checkpoint, len(content["rows"]), dial, flops_max, remarks)
+        rows = content["rows"]
+        precision = "+".join(sorted({str(row["precision"]) for row in rows if row.get("precision")}))
+        return cls(folder, net, config, data, place, checkpoint, len(rows), precision, dial, flops_max, remarks)
 
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the dial for a target by the calibration split (None: the trained point), then measure the split.
 
-        Writes the row into eval.csv, the per-image routes into routes.csv, and what `exhibits` leaves beside them.
+        Writes the row into eval.csv, the per-image routes into routes.csv, what was timed into bench.csv, and what `exhibits`
+        leaves beside them.
         """
         fit = None if target is None else self.fitted(target)
         setting = self.net.router.setting = fit.setting if fit else Setting()
@@ -132,6 +138,7 @@ class Evaluator:
         if timed:
             plan = Plan(seconds=1.0, modes=frozenset({"dense", "skipping"}))
             rows = self.bench([Point(target, setting)], plan, split).rows
+            merge_bench(self.folder / BENCH_FILE, rows)
             row.latency_ms_p50, row.speedup = rows[-1].latency_ms_p50, rows[-1].speedup
             row.latency_ms_mean = 1e3 / rows[-1].images_per_s
             row.latency_batch, row.latency_threads, row.latency_device = (
@@ -265,6 +272,7 @@ class Evaluator:
             epochs=self.epochs,
             checkpoint=self.checkpoint,
             weights="+".join(Path(p).name for p in (config.backbone.weights, *config.backbone.nets) if p),
+            precision=self.precision,
             machine=machine(self.device),
             commit=commit(),
             config_hash=config.hash(),

@@ -20,7 +20,7 @@ from dynroute.contracts import Advice, Batch, Output
 from dynroute.data import Dataset, limited, loader
 from dynroute.measure import evaluate
 from dynroute.net import RoutedNet
-from dynroute.optim import OptimOptions, amp_dtype, make_optimizers, phase_curve
+from dynroute.optim import OptimOptions, amp_dtype, make_optimizers, phase_curve, precision_name
 from dynroute.records import TRAIN_FILE, write_rows
 from dynroute.routers import NOTE, Phase
 
@@ -212,6 +212,7 @@ class _Part:
             "calib_routes": scores.routes(),
             **{f"calib_{name}": value for name, value in scores.watched(self.net.backbone.specs).items()},
             "images_per_s": len(self.data.train) / seconds,
+            "precision": precision_name(self.amp),
         }
 
 
@@ -223,6 +224,11 @@ def remarks(phase: Phase, row: dict[str, Any]) -> tuple[str, ...]:
     executed = row["calib_executed"]
     if phase.target is not None and abs(executed - phase.target) > MISS:
         said.append(f"{executed:.3f} of the parts run on the calibration split, {phase.target:.3f} are asked for")
+    share = row["calib_share"]
+    if phase.target_share is not None and abs(share - phase.target_share) > MISS:
+        said.append(
+            f"{share:.3f} of the dense net's FLOPs run on the calibration split, {phase.target_share:.3f} are asked for"
+        )
     return tuple(said)
 
 

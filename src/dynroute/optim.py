@@ -30,7 +30,7 @@ class OptimOptions:
     momentum: float = 0.9
     """Momentum of SGD."""
     warmup: float = 0.05
-    """Share of a curve of the rate (of a phase, as a rule) in which it climbs linearly."""
+    """Share of a curve of the rate (of a phase, as a rule) in which it climbs linearly; of schedule=cosine."""
     nesterov: bool = True
     """Nesterov momentum; false: classical."""
     schedule: str = "cosine"
@@ -143,3 +143,8 @@ def amp_dtype(wanted: str, device: torch.device) -> torch.dtype | None:
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         wanted = "bf16" if fast else "none"
     return torch.bfloat16 if wanted == "bf16" else None
+
+
+def precision_name(amp: torch.dtype | None) -> str:
+    """What tables call the precision of training with this autocast type."""
+    return "fp32" if amp is None else "bf16"

@@ -30,7 +30,8 @@ class EvalRow:
     speedup: of the skipping run (see `BenchRow`), where --latency asked for them.
     control: empty for the net itself, else the name of the control that was made from its routes (see `controls`).
     price_other, price_part: another price for that part of the images (see `contracts.Setting`). share_low, share_high: 95 %
-    interval of the share to expect of new images, from calibration. flops_max: the share that no image may exceed, if any.
+    interval of the share to expect of new images, from calibration. precision: that the run was trained in, both where it was
+    resumed on another processor. flops_max: the share that no image may exceed, if any.
     """
 
     run: str
@@ -63,6 +64,7 @@ class EvalRow:
     share_high: float | None = None
     flops_max: float | None = None
     weights: str = ""
+    precision: str = ""
     latency_ms_p50: float | None = None
     latency_ms_mean: float | None = None
     speedup: float | None = None
@@ -127,7 +129,7 @@ BENCH_COLUMNS = tuple(f.name for f in fields(BenchRow))
 BENCH_KEY = ("mode", "flops_target", "rate", "batch", "threads", "device", "dtype")
 EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))
 LATER = frozenset(
-    {"control", "price_other", "price_part", "share_low", "share_high", "flops_max", "latency_ms_mean"}
+    {"control", "price_other", "price_part", "share_low", "share_high", "flops_max", "latency_ms_mean", "precision"}
 )  # columns that older files lack; there they are empty
 NUMBERS = frozenset(f.name for f in fields(EvalRow) if "float" in str(f.type) or "int" in str(f.type))
 

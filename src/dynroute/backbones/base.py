@@ -80,6 +80,8 @@ class BackboneOptions:
         """The same with nothing left to choose; needed: the unit form of the method, "any" where all will do."""
         unit = self.unit if self.unit != "auto" else {"any": "channels"}.get(needed, needed)
         self._check_widths(unit)
+        if unit != "paths" and (self.path_width or self.path_least):
+            raise InputError(f"backbone.path_width and path_least are for backbone.unit=paths, not {unit}")
         widths = list(self.widths or USUAL_WIDTHS.get(unit, []))
         if unit == "choice":
             if self.parts not in (0, len(widths)):

@@ -34,6 +34,10 @@ class MobileNetV2(Backbone):
         make = options.kind(INVERTED)
         if options.width:
             raise InputError(f"backbone.width: {options.name} comes in one width only, so leave it at 0")
+        if options.path_width or options.path_least:
+            raise InputError(
+                f"backbone.path_width and path_least: sub-blocks of {options.name} have equal parts of the expansion"
+            )
         narrowest = first_out * EXPANSION
         if options.parts > narrowest:
             raise InputError(f"backbone.parts must not exceed {narrowest} for {options.name}, not {options.parts}")

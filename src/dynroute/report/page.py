@@ -112,6 +112,7 @@ ORIGIN = {  # what a row was made by: label -> column
     "test images": "n",
     "parameters": "params",
     "started from": "weights",
+    "trained in": "precision",
     "configuration": "config_hash",
     "commit": "commits",
     "torch": "torch",

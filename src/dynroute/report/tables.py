@@ -34,7 +34,19 @@ COLUMNS = (
     ),
     *("router_share", "top1", "top1_std", "top5", "n_seeds", "n", "reached", "static_top1", "vs_static"),
     *("vs_static_low", "vs_static_high", "latency_ms", "latency_clock", "speedup", "epochs", "params"),
-    *("parts", "variant", "trained_for", "runs", "seeds", "commits", "machine", "config_hash", "torch", "weights"),
+    *(
+        "parts",
+        "variant",
+        "trained_for",
+        "runs",
+        "seeds",
+        "commits",
+        "machine",
+        "config_hash",
+        "torch",
+        "weights",
+        "precision",
+    ),
 )
 MEANS = ("macs_mean", "macs_share", "macs_p5", "macs_p95", "router_share", "top1", "top5", "epochs")
 
@@ -105,7 +117,7 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "seeds": _join(f"{seed:.0f}" for seed in sorted(part["seed"])),
         "runs": _join(part["run"]),
         "commits": _join(part["commit"]),
-        **{name: _join(part[name]) for name in ("machine", "config_hash", "torch", "weights")},
+        **{name: _join(part[name]) for name in ("machine", "config_hash", "torch", "weights", "precision")},
     }
 
 

@@ -191,7 +191,8 @@ class Phase:
     schedule: called before each minibatch with the part of the phase that is done, 0..1 (exploration, temperature).
     passes: how often each minibatch is run, copy after copy in one forward pass, so that a loss may compare what one image
     gets under several routes: `routes` is asked for passes x B of them and `loss` is given as many images.
-    target: share of the parts that the loss asks for, mean over units; an epoch that ends far from it is remarked upon.
+    target, target_share: share of the parts that the loss asks for, mean over units, or of the dense net's multiply-adds; an
+    epoch that ends far from it is remarked upon.
     curve: the stretch of the curve of the learning rate that the phase has; phases that together make one have a curve in common.
     """
 
@@ -207,6 +208,7 @@ class Phase:
     schedule: Callable[[float], None] | None = None
     passes: int = 1
     target: float | None = None
+    target_share: float | None = None
     curve: tuple[float, float] = (0.0, 1.0)
 
 

@@ -66,7 +66,7 @@ class DmnnOptions:
     """Category loss against superclasses, equations (9)-(10); off by itself where the data has none."""
     resource_weight: float = 2.0
     """Weight lambda of the resource loss in equation (16). Ours: of 0.5, 2 and 8 on the embedded data, 2 ended nearest to the
-    target (docs/results.md). ConvNet-AIG's 2 on CIFAR is of a mean over blocks; here terms of blocks add up."""
+    target, within the spread over seeds (docs/results.md). ConvNet-AIG's 2 on CIFAR is of a mean over blocks; here terms of blocks add up."""
     resource: str = "dmnn"
     """Resource loss: dmnn, equations (11)-(15); flops, the FLOPs term (14) alone, which leaves open where it is spent (ours);
     or aig: the mean over blocks of (share run - target)^2, no FLOPs term."""
@@ -302,7 +302,8 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         return added_up(terms, passes)
 
     # price 0, the trained point, stands in the middle of the range; the FLOPs term alone asks for no number of parts
-    asked = router.range.dial(0.0)[0] if router.range else float(targets_U.mean())
+    middle = router.range.dial(0.0)[0] if router.range else None
+    by_share = options.resource == "flops"
     opened = options.open_epochs / max(1, options.open_epochs + options.epochs)
     if options.open_epochs:
         yield Phase(
@@ -317,7 +318,8 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         router_decay=options.gate_decay,
         schedule=lambda done: cool(router, done, options.cooling),
         passes=passes,
-        target=None if options.resource == "flops" else asked,
+        target=None if by_share else float(targets_U.mean()) if middle is None else middle,
+        target_share=None if not by_share else options.target if middle is None else middle,
         curve=(opened, 1.0),
     )
 
