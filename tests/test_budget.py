@@ -222,6 +222,14 @@ def test_the_flops_term_alone_leaves_open_which_units_spend_it() -> None:
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.parametrize("images", [1, 2, 3, 5])
+def test_a_last_minibatch_of_few_images_has_fewer_groups(images: int) -> None:
+    net = gated(resource="flops")
+    out = net(pictures(images))
+    loss = next(phases(net, net.router.options)).loss(out, batch(images))["loss_resource"]  # type: ignore[arg-type]
+    assert bool(loss.isfinite())
+
+
 def test_the_resource_loss_holds_each_group_to_its_own_mean_target() -> None:
     net = gated(resource_weight=1.0)
     loss = next(phases(net, net.router.options)).loss  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -113,6 +114,36 @@ def test_resume_needs_no_configuration(tmp_path: Path, runs: dict[str, Path], ca
     out, _ = said(capsys, "train", "--resume", "--out", tmp_path / "run")
     assert out.startswith("training rnp on shapes")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before, "a finished run is left as it is"
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(
+    tmp_path: Path, runs: dict[str, Path], capsys: Capture
+) -> None:
+    start, run = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(runs["static"], start)
+    words = [*TINY, "router.name=static", "router.epochs=1", f"backbone.weights={start}"]
+    said(capsys, "train", *words, "--out", run)
+    shutil.rmtree(start)
+    said(capsys, "train", "--resume", "--out", run)
+
+
+def test_resume_refuses_data_of_other_classes(tmp_path: Path, capsys: Capture) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        "train_images": random.integers(0, 256, (40, 16, 16, 3), np.uint8),
+        "train_labels": np.arange(40) % 2,
+        "test_images": random.integers(0, 256, (8, 16, 16, 3), np.uint8),
+        "test_labels": np.arange(8) % 2,
+    }
+    for folder, names in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "pets.npz", **arrays, class_names=np.array(names))
+    words = ["data.name=npz", "backbone.width=8", "router.name=static", "router.epochs=1", "optim.batch_size=16"]
+    run = tmp_path / "run"
+    said(capsys, "train", *words, f"data.path={tmp_path}/a/pets.npz", "--out", run)
+    before = tree(run)
+    _, err = said(capsys, "train", *words, f"data.path={tmp_path}/b/pets.npz", "--out", run, "--resume", status=2)
+    assert "other classes or another image size now than" in err and tree(run) == before
 
 
 def test_a_folder_whose_name_holds_brackets_is_named_as_it_is_on_a_terminal() -> None:

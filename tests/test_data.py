@@ -17,8 +17,11 @@ from dynroute.contracts import InputError
 from dynroute.data import DATASETS, DataOptions, Dataset, DataSpec, FileSplit, Split, load, loader
 from dynroute.data import cifar as cifar_room
 from dynroute.data import folders as folder_room
+from dynroute.data.arrays import resized
 from dynroute.data.batches import augment, mixed_seed
 from dynroute.data.drawing import SUPERCLASS_OF, draw
+from dynroute.data.files import read_image
+from dynroute.data.folders import pictures
 from dynroute.data.spec import cut, fair_order, limited
 
 GRAY_SPEC = DataSpec("tiny", 8, 2, ("a", "b"), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -478,9 +481,29 @@ def test_folder_gray_and_16_bit_are_scaled_to_rgb(tmp_path: Path) -> None:
     root = image_folder(tmp_path)
     Image.fromarray(np.full((20, 20), 90, np.uint8)).save(root / "val" / "red" / "a.png")
     Image.fromarray(np.full((20, 20), 90 * 256 + 200, np.uint16)).save(root / "val" / "red" / "b.png")
+    Image.fromarray(np.full((20, 20), 90, np.int32)).save(root / "val" / "red" / "c.tif")  # 32 bits, of 8-bit values
+    Image.fromarray(np.full((20, 20), 90 * 256 + 200, np.int32)).save(root / "val" / "red" / "d.tif")
     test = load_folder(root).test
     assert isinstance(test, Split)
-    assert (test.images == 90).flatten(1).all(dim=1).sum() == 2
+    assert (test.images == 90).flatten(1).all(dim=1).sum() == 4
+
+
+def test_gray_in_floating_point_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif: not a readable image \(gray in floating point"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_pictures_are_stretched_as_the_images_of_an_npz_are(tmp_path: Path) -> None:
+    random = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8).repeat(8, 0).repeat(12, 1)  # 24 by 48
+    Image.fromarray(random).save(tmp_path / "a.png")
+    spec = DataSpec("pets", 16, 2, ("cat", "dog"))
+    for name, close in (("npz", True), ("folder", False)):
+        (batch,) = loader(pictures([tmp_path / "a.png"], name, spec), spec, 1, train=False)
+        wanted = resized(torch.from_numpy(random)[None], 16).float() / 255
+        mean, std = (torch.tensor(values).view(3) for values in (spec.mean, spec.std))
+        off = (batch.images[0].permute(1, 2, 0) - (wanted[0] - mean) / std).abs().max()
+        assert (float(off) < 0.1) is close
 
 
 def test_folder_keeps_the_centre(tmp_path: Path) -> None:

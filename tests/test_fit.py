@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +479,12 @@ def test_terms_of_the_loss_are_columns_that_add_up(whole: Path) -> None:
 def test_precision_is_what_was_asked_for(wanted: str, dtype: torch.dtype | None) -> None:
     assert amp_dtype(wanted, torch.device("cpu")) is dtype
     assert amp_dtype("auto", torch.device("cpu")) in (torch.bfloat16, None)
+
+
+def test_a_gpu_that_emulates_bf16_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert amp_dtype("auto", torch.device("cuda:1")) is None
 
 
 def test_bf16_training_runs_and_repeats(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from multiprocessing import Process
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,40 @@ def test_merge_replaces_the_same_split_and_target(tmp_path: Path) -> None:
         merge_eval(file, row)
     found = [(r["split"], r["flops_target"], r["top1"]) for r in read_eval(file)]
     assert found == [("calib", 0.5, 0.9173), ("test", 0.5, 0.5), ("test", None, 0.6)]
+
+
+def test_a_time_stays_with_a_row_whose_numbers_are_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "eval.csv"
+    times = {
+        "latency_ms_p50": 3.0,
+        "latency_ms_mean": 3.5,
+        "speedup": 1.25,
+        "latency_batch": 1,
+        "latency_device": "cpu",
+    }
+    merge_eval(file, replace(ROW, machine="a", **times))
+    for row, kept in ((replace(ROW, machine="a"), 3.0), (replace(ROW, machine="b"), None)):
+        merge_eval(file, row)
+        (found,) = read_eval(file)
+        assert (found["latency_ms_p50"], found["speedup"]) == (kept, 1.25 if kept else None)
+    merge_eval(file, replace(ROW, machine="a", **times))
+    merge_eval(file, replace(ROW, machine="a", top1=0.5))
+    assert read_eval(file)[0]["latency_ms_mean"] is None, "another net's"
+
+
+def added(file: Path, targets: list[float]) -> None:
+    for target in targets:
+        merge_eval(file, replace(ROW, flops_target=target))
+
+
+def test_programs_that_write_rows_at_once_lose_none(tmp_path: Path) -> None:
+    started = [Process(target=added, args=(tmp_path / "eval.csv", [k + i / 100 for i in range(15)])) for k in range(3)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join()
+    assert len(read_eval(tmp_path / "eval.csv")) == 45
+    assert [file.name for file in tmp_path.iterdir()] == ["eval.csv"]
 
 
 def test_rows_of_before_a_users_data_had_a_name_take_it_over(tmp_path: Path) -> None:

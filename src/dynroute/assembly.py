@@ -137,8 +137,7 @@ def restore(path: Path, router: bool = True) -> tuple[RoutedNet, Config, dict[st
     content = load_checkpoint(path)
     trained = trained_as(content, path)
     spec = trained_on(content, path)
-    config = dataclasses.replace(trained, backbone=dataclasses.replace(trained.backbone, weights=None, nets=[]))
-    net = build(config, spec)
+    net = build(unfilled(trained), spec)
     state = content["model"]
     if router:
         load_weights(net, state, path)
@@ -146,6 +145,11 @@ def restore(path: Path, router: bool = True) -> tuple[RoutedNet, Config, dict[st
         own = "backbone."
         load_weights(net.backbone, {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}, path)
     return net, trained, content
+
+
+def unfilled(config: Config) -> Config:
+    """The configuration without weights to start from: of a net whose own are at hand."""
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None, nets=[]))
 
 
 def trained_on(content: dict[str, Any], path: Path) -> DataSpec:
@@ -156,6 +160,15 @@ def trained_on(content: dict[str, Any], path: Path) -> DataSpec:
         return DataSpec(**values)
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path} does not say what it was trained on: written by another program") from None
+
+
+def check_data(content: dict[str, Any], spec: DataSpec, config: Config, folder: Path) -> None:
+    """Raise InputError where data are not those of the run: other classes or another image size."""
+    stored = trained_on(content, folder)
+    if (stored.image_size, stored.class_names) != (spec.image_size, spec.class_names):
+        raise InputError(
+            f"{config.data.label} has other classes or another image size now than {folder} was trained on"
+        )
 
 
 def trained_as(content: dict[str, Any], path: Path) -> Config:

@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from dynroute.assembly import dataset, dense_twin, fingerprint, inference_parameters, moved, on_device, prepare, restore
+from dynroute.assembly import (
+    check_data,
+    dataset,
+    dense_twin,
+    fingerprint,
+    inference_parameters,
+    moved,
+    on_device,
+    prepare,
+    restore,
+)
 from dynroute.bench import POOL, Benched, Plan, Point, bench
 from dynroute.calibration import (
     TOLERANCE,
@@ -40,6 +50,7 @@ from dynroute.records import (
     BenchRow,
     EvalRow,
     image_setting,
+    locked,
     merge_bench,
     merge_eval,
     nearest,
@@ -105,11 +116,7 @@ class Evaluator:
         net, config, content = restore(path)
         place = prepare(on_device(config, device))
         data = dataset(moved(config, data_path))  # the rows stay those of the data that the run was trained on
-        stored = content["meta"]["data"]
-        if (data.spec.image_size, *data.spec.class_names) != (stored["image_size"], *stored["class_names"]):
-            raise InputError(
-                f"{config.data.label} has other classes or another image size now than {folder} was trained on"
-            )
+        check_data(content, data.spec, config, folder)
         net = net.to(place).eval()
         net.set_limit(flops_max)
         few = limited(data.calibration, CALIBRATED_ON)
@@ -298,9 +305,10 @@ class Evaluator:
     def _replace(self, file: str, setting: dict[str, str], rows: list[dict[str, Any]]) -> None:
         """Put rows of a setting into a table of images, in the place of those that it had."""
         path = self.folder / file
-        old = read_rows(path) if path.exists() else []
-        kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
-        write_rows(path, [*kept, *(setting | row for row in rows)])
+        with locked(self.folder):
+            old = read_rows(path) if path.exists() else []
+            kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
+            write_rows(path, [*kept, *(setting | row for row in rows)])
 
 
 def _answers(scores: Scores) -> dict[str, list[Any]]:

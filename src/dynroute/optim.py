@@ -140,9 +140,16 @@ def learning_curve(done: float, epochs: int, options: OptimOptions) -> float:
 def amp_dtype(wanted: str, device: torch.device) -> torch.dtype | None:
     """The autocast type: bf16 if asked for, or if auto and the processor has bf16 arithmetic; None is fp32."""
     if wanted == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        wanted = "bf16" if fast else "none"
+        wanted = "bf16" if _computes_bf16(device) else "none"
     return torch.bfloat16 if wanted == "bf16" else None
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether this processor has bf16 arithmetic: older GPUs emulate it, slowly."""
+    if device.type != "cuda":
+        return torch.cpu._is_avx512_bf16_supported()
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def precision_name(amp: torch.dtype | None) -> str:

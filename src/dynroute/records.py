@@ -6,12 +6,18 @@ import csv
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dynroute.contracts import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 EVAL_FILE, TRAIN_FILE, ROUTES_FILE, ANSWERS_FILE = "eval.csv", "train.csv", "routes.csv", "control_answers.csv"
 BENCH_FILE, BUDGET_FILE, FORMS_FILE = "bench.csv", "budget.json", "forms.json"
@@ -153,6 +159,24 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder while a file in it is read, changed and replaced, so that of two programs neither's rows are lost.
+
+    Where the system has no such locks (Windows) nothing is held. Makes the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # which lets go of it
+
+
 def route_text(keep_UG: Sequence[Sequence[int]], parts_U: Sequence[int]) -> str:
     """A route as files have it: a 0 or 1 a part, units between slashes. keep_UG: padded; parts_U: how many are the unit's own."""
     return "/".join("".join(map(str, keep[:parts])) for keep, parts in zip(keep_UG, parts_U, strict=True))
@@ -209,14 +233,23 @@ def merge_eval(path: Path, row: EvalRow) -> None:
     """Add a row to an eval.csv in place of the one of the same split, target, limit, checkpoint and control.
 
     So a repeated call adds nothing. Rows of before a user's own data had a name (npz, folder) take it and its hash over.
-    Where the net's own row has changed, the controls made from the old one go too.
+    Where the net's own row has changed, the controls made from the old one go too; where it has not, a time measured on the
+    same machine stays with it.
     """
+    with locked(path.parent):
+        _merge_eval(path, row)
+
+
+def _merge_eval(path: Path, row: EvalRow) -> None:
     old = read_rows(path) if path.exists() else []
     new = {k: _cell(v) for k, v in as_dict(row).items()}
     old = [{k: r.get(k, "") for k in EVAL_COLUMNS} | {"checkpoint": r.get("checkpoint") or "last"} for r in old]
     there = [r for r in old if all(r[k] == new[k] for k in SETTING)]
     changed = any(not r["control"] and any(r[k] != new[k] for k in ("macs_mean", "top1", "n")) for r in there)
     replaced = there if changed and not row.control else [r for r in there if r["control"] == row.control]
+    timed = [r for r in replaced if r["latency_ms_p50"] and r["machine"] == new["machine"]]
+    if timed and not changed and not new["latency_ms_p50"]:
+        new |= {k: timed[0][k] for k in EVAL_COLUMNS if k.startswith("latency_") or k == "speedup"}
     named = {k: new[k] for k in ("dataset", "config_hash")}
     kept = [r for r in old if r not in replaced]
     kept = [r | named if r["dataset"] in UNNAMED and new["dataset"].startswith(f"{r['dataset']}-") else r for r in kept]
@@ -230,6 +263,11 @@ def image_setting(split: str, target: float | None, most: float | None, checkpoi
 
 def merge_bench(path: Path, rows: Sequence[BenchRow]) -> None:
     """Add rows to a bench.csv in place of those of the same mode, target, batch, threads, device and floating type."""
+    with locked(path.parent):
+        _merge_bench(path, rows)
+
+
+def _merge_bench(path: Path, rows: Sequence[BenchRow]) -> None:
     new = [{k: _cell(v) for k, v in as_dict(row).items()} for row in rows]
     replaced = {tuple(row[k] for k in BENCH_KEY) for row in new}
     old = [{k: row.get(k, "") for k in BENCH_COLUMNS} for row in (read_rows(path) if path.exists() else [])]

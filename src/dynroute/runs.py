@@ -14,12 +14,14 @@ import torch
 from dynroute import __version__
 from dynroute.assembly import (
     build,
+    check_data,
     dataset,
     inference_parameters,
     make_teacher,
     prepare,
     restore,
     trained_as,
+    unfilled,
     untrained,
 )
 from dynroute.checkpoints import LAST, load_checkpoint
@@ -45,13 +47,18 @@ def train(
 
     begun: called once all that is asked for has been read and found to be right.
     """
-    if (folder / LAST).exists():
-        _check_resumable(config, folder, resume)
-    elif folder.exists() and any(file.name not in (CONFIG_FILE, LOG_FILE) for file in folder.iterdir()):
+    content = _resumable(config, folder, resume) if (folder / LAST).exists() else None
+    if (
+        content is None
+        and folder.exists()
+        and any(file.name not in (CONFIG_FILE, LOG_FILE) for file in folder.iterdir())
+    ):
         raise InputError(f"{folder} is not empty and holds no run: choose another name or --out")
     device = prepare(config)
     data = dataset(config)
-    net = build(config, data.spec).to(device)
+    if content:
+        check_data(content, data.spec, config, folder)
+    net = build(unfilled(config) if content else config, data.spec).to(device)
     teacher = make_teacher(config, data.spec, device)
     phases = list(config.method.phases(net, config.router))  # before anything is written: they may refuse
     write_text(folder / CONFIG_FILE, config.yaml(comments=True))
@@ -95,16 +102,19 @@ def seeded(config: Config, seeds: list[int], out: Path | None = None) -> list[tu
     return made
 
 
-def _check_resumable(config: Config, folder: Path, resume: bool) -> None:
+def _resumable(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
+    """The checkpoint to go on from."""
     if not resume:
         raise InputError(
             f"{folder} already holds a run: add --resume to go on with it, or choose another name or --out"
         )
-    stored = trained_as(load_checkpoint(folder / LAST), folder / LAST)
+    content = load_checkpoint(folder / LAST)
+    stored = trained_as(content, folder / LAST)
     if (stored.hash(), stored.top.seed) != (config.hash(), config.top.seed):
         raise InputError(
             f"{folder} was trained with another configuration: --resume needs the same one (see {CONFIG_FILE})"
         )
+    return content
 
 
 def _log(folder: Path) -> logging.Logger:

@@ -28,7 +28,10 @@ def read_image(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip at 255
                     deep = np.asarray(image, dtype=np.int64).clip(0, 65535)
-                    return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+                    byte = image.mode == "I" and deep.max() < 256  # 32-bit gray of 8-bit values
+                    return Image.fromarray((deep if byte else deep >> 8).astype(np.uint8)).convert("RGB")
+                if image.mode == "F":
+                    raise ValueError("gray in floating point, whose range it does not tell; save it as 8 or 16 bits")
                 if image.mode == "P":  # a palette may carry transparency as bytes, which RGB alone cannot take
                     return image.convert("RGBA").convert("RGB")
                 return image.convert("RGB")
@@ -41,8 +44,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def centre(image: Image.Image, size: int, short_side: int) -> Image.Image:
-    """The image with its short side resized to short_side pixels, then the square of `size` in its middle."""
+def centre(image: Image.Image, size: int, short_side: int | None) -> Image.Image:
+    """The image with its short side resized to short_side pixels, then the square of `size` in its middle; see FileSplit."""
+    if short_side is None:
+        return image.resize((size, size), Image.Resampling.BILINEAR)
     scale = short_side / min(image.size)
     width, height = (max(round(side * scale), short_side) for side in image.size)
     if (width, height) != image.size:

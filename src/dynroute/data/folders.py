@@ -41,7 +41,7 @@ def imagenet_side(size: int) -> int:
 
 def pictures(paths: Sequence[Path], name: str, spec: DataSpec) -> FileSplit:
     """Image files to be seen as the test images of the data set of that name; labels are 0."""
-    side = imagenet_side(spec.image_size) if name == "imagenet" else spec.image_size
+    side = {"imagenet": imagenet_side(spec.image_size), "npz": None}.get(name, spec.image_size)
     return FileSplit(list(paths), torch.zeros(len(paths), dtype=torch.long), side)
 
 

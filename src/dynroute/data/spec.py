@@ -101,11 +101,11 @@ class Split:
 
 @dataclass
 class FileSplit:
-    """Images on disk, decoded batch by batch. short_side: pixels, before the centre crop."""
+    """Images on disk, decoded batch by batch. short_side: pixels, before the centre crop; None: stretched to a square, uncut."""
 
     paths: list[Path]
     labels: Tensor
-    short_side: int
+    short_side: int | None
     superclasses: Tensor | None = None
     difficulty: Tensor | None = None
 

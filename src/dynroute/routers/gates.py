@@ -65,8 +65,9 @@ class DmnnOptions:
     category: bool = True
     """Category loss against superclasses, equations (9)-(10); off by itself where the data has none."""
     resource_weight: float = 2.0
-    """Weight lambda of the resource loss in equation (16). Ours: of 0.5, 2 and 8 on the embedded data, 2 ended nearest to the
-    target, within the spread over seeds (docs/results.md). ConvNet-AIG's 2 on CIFAR is of a mean over blocks; here terms of blocks add up."""
+    """Weight lambda of the resource loss in equation (16). Ours: of 0.5, 2 and 8 on the embedded data 2 ended nearest to the
+    target, within the spread over seeds (docs/results.md). ConvNet-AIG's 2 on CIFAR is of a mean over blocks; here their
+    terms add up."""
     resource: str = "dmnn"
     """Resource loss: dmnn, equations (11)-(15); flops, the FLOPs term (14) alone, which leaves open where it is spent (ours);
     or aig: the mean over blocks of (share run - target)^2, no FLOPs term."""
@@ -282,7 +283,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         """The resource loss of each group of images with similar targets, at the group's mean target; their mean."""
         told_B = out.trace.notes["told"][:, 0]
         losses = []
-        for group in told_B.argsort().tensor_split(GROUPS * passes):
+        for group in told_B.argsort().tensor_split(min(GROUPS * passes, len(told_B))):
             target = told_B[group].mean()
             part = Output(out.logits_BK, Trace(out.trace.keep_BUG[group], {}), out.macs_B[group])
             losses.append(resource(part, target, target.expand(len(specs))))

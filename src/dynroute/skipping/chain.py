@@ -135,7 +135,7 @@ def pooled(slabs: Sequence[Slab], images: int, channels: int) -> Tensor:
     """Means over pixels of maps of full width, (B, C, 1, 1): all that a router with `pooled` looks at."""
     means = []
     for slab in slabs:
-        mean_NC = slab.x_NCHW.mean((2, 3))
+        mean_NC = slab.x_NCHW.mean((2, 3), dtype=torch.float32)
         means.append(F.pad(mean_NC, (0, channels - mean_NC.shape[1])) if mean_NC.shape[1] < channels else mean_NC)
     if len(slabs) == 1:
         return means[0][:, :, None, None]

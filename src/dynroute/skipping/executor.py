@@ -307,7 +307,7 @@ class Routes:
         if self.order is None:
             return x_BCHW
         if self.router.pooled:
-            return x_BCHW.mean((2, 3))[self.order.argsort()][:, :, None, None]
+            return x_BCHW.mean((2, 3), dtype=torch.float32)[self.order.argsort()][:, :, None, None]
         return gathered(x_BCHW, self.back())
 
     def reorder(self, index: Sequence[int]) -> None:
