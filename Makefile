@@ -22,7 +22,7 @@ CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable
 CIFAR10_LONG := static28_40 static28_60 static56_60 rnr28 rnr56 rnr36x4 rnr28_40 rnr_40 rnr_50 rnr_60 rnr_80 dmnn_any
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
-CONV4 := start rnp rnp_joint vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
+CONV4 := start rnp rnp_joint rnp_paper_02 rnp_paper_05 rnp_paper_10 vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_any4 rnp_40 rnp_60 rnp_60x4 rnp_80 dmnn_any dmnn_any4 dmnn_40 dmnn_60 dmnn_60x4 dmnn_80
 SHAPES := dense widths rnr
 WEIGHTS := 0.5 2 8
@@ -77,13 +77,15 @@ format: .venv/ready
 
 # $(call rows,folder,names,targets,words): train with these words, evaluate and keep the CSV of each. A run resumes where it was
 # stopped; a finished one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled;
-# one trained for a single budget at that, the slimmable net at its widths; what others start from is no row.
+# one trained for a single budget at that, one for a single charge as it is, the slimmable net at its widths; what others start
+# from is no row.
 define rows
 @for name in $(2); do \
   $(BIN)/dynroute train -c experiments/$(1)/$$name.yaml $(if $(filter shapes,$(1)),,data.path=$(DATA)) $(4) \
     --out runs/$(1)/$$name --resume && \
   case $$name in \
     widths|start|given16) continue ;; \
+    rnp_paper*) $(BIN)/dynroute eval runs/$(1)/$$name --controls ;; \
     rnr*_*) $(BIN)/dynroute eval runs/$(1)/$$name --flops-target 0.$${name##*_} --controls || test $$? -eq 3 ;; \
     rn*|dmnn*|aig*|multipath|cascade*) \
       $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,$(3),--flops-target $(t)) --controls || test $$? -eq 3 ;; \

@@ -93,7 +93,7 @@ def test_the_rows_for_a_gpu_start(path: Path, arrays: dict[str, Path], tmp_path:
     assert phases == {"widths": ["widths"], "rnr": ["agent1", "joint"]}.get(path.stem, ["train"])
 
 
-@pytest.mark.parametrize("name", ["start", "vanilla_17", "rnp"])
+@pytest.mark.parametrize("name", ["start", "vanilla_17", "rnp", "rnp_paper_05"])
 def test_the_four_conv_rows_start(name: str, arrays: dict[str, Path], tmp_path: Path) -> None:
     rnp = [
         "backbone.width=8",
@@ -103,9 +103,11 @@ def test_the_four_conv_rows_start(name: str, arrays: dict[str, Path], tmp_path: 
         "router.widths_epochs=1",
         "router.joint_epochs=1",
     ]
-    words = rnp if name == "rnp" else ["router.epochs=1"]
+    paper = [*rnp[:2], "router.hidden=8", "router.widths_epochs=1", "router.rounds=1"]
+    words = {"rnp": rnp, "rnp_paper_05": paper}.get(name, ["router.epochs=1"])
     phases = start(EXPERIMENTS / "conv4" / f"{name}.yaml", arrays["cifar10"], tmp_path / "run", *words)
-    assert phases == (["widths", "agent1", "joint"] if name == "rnp" else ["train"])
+    wanted = {"rnp": ["widths", "agent1", "joint"], "rnp_paper_05": ["widths", "agent1", "cnn1"]}
+    assert phases == wanted.get(name, ["train"])
 
 
 @pytest.mark.parametrize("path", ["cifar10/rnr.yaml", "cifar10/cascade_25_100.yaml", "cifar100/rnp.yaml"])
