@@ -41,7 +41,7 @@ from dynroute.provenance import affinity, environment
 from dynroute.records import BENCH_COLUMNS, BenchRow, merge_bench, read_rows
 from dynroute.report.read import read
 from dynroute.routers import Router, legal
-from dynroute.skipping import FastNet, load_forms
+from dynroute.skipping import MEMORY, FastNet, load_forms
 from dynroute.testing import close
 from dynroute.units import FORMS
 from tiny import make_backbone, make_net, pictures
@@ -374,12 +374,26 @@ def test_eval_latency_is_the_same_measurement(
     assert "time does not: 0.90x" in err
 
 
+def test_the_bound_of_the_cache_is_the_one_asked_for(
+    config: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds: list[float] = []
+    made = modes.fast_net
+    monkeypatch.setattr(modes, "fast_net", lambda net, memory=MEMORY: (bounds.append(memory), made(net, memory))[1])
+    said(capsys, "bench", config, "--memory", 0.5, *FAST)
+    assert bounds == [MEMORY, 0.5, 0.5], "the dense net, all on, skipping"
+    bounds.clear()
+    said(capsys, "bench", config, *FAST)
+    assert bounds == [MEMORY] * 3
+
+
 WRONG = {
     "rate": (["--rate", "1.5"], "--rate must lie between 0 and 1"),
     "batch": (["--batch", "0"], "--batch must lie between 1"),
     "threads": (["--threads", "100000"], "--threads must lie between 1"),
     "seconds": (["--seconds", "-1"], "--seconds must lie between"),
     "nan": (["--seconds", "nan"], "--seconds must lie between"),
+    "memory": (["--memory", "-1"], "--memory must lie between 0 and 1000"),
     "dtype": (["--dtype", "int8"], "--dtype must be fp32 or bf16, not 'int8'"),
     "clock": (["--clock", "sun"], "--clock must be auto or thread or wall"),
     "device": (["--device", "nonsense"], "device 'nonsense' is not usable here"),

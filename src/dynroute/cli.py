@@ -389,6 +389,14 @@ def bench_command(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", help="Time for each mode; 10 rounds at least.")
     ] = 5.0,
+    memory: Annotated[
+        float,
+        typer.Option(
+            "--memory",
+            metavar="X",
+            help="Bound of the narrow forms that the skipping run keeps, in times the weights of the net.",
+        ),
+    ] = 3.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Also the dense net by torch.compile, frozen.")] = False,
     onnx: Annotated[
         bool,
@@ -411,7 +419,7 @@ def bench_command(
 
     request = timing.Request(
         flops_target or [], rate, batch or [1], threads or [1], device, dtype, clock, seconds, compiled, onnx,
-        data=data,
+        data=data, memory=memory,
     )  # fmt: skip
     with Status(f"opening {source}") as status:
         timed = timing.bench_path(source, request, status.say)

@@ -58,6 +58,7 @@ class Request:
     onnx: bool = False
     modes: frozenset[str] = Plan.modes
     data: Path | None = None
+    memory: float = Plan.memory
 
     def __post_init__(self) -> None:
         """Check every value by itself."""
@@ -72,6 +73,7 @@ class Request:
                     f"--threads must lie between 1 and the {cores} that this process may use, not {threads}"
                 )
         ranged("--seconds", self.seconds, 0, 86_400)
+        ranged("--memory", self.memory, 0, 1000)
         for name, value, known in (("--dtype", self.dtype, DTYPES), ("--clock", self.clock, CLOCKS)):
             if value not in known:
                 raise InputError(f"{name} must be {' or '.join(known)}, not {value!r}")
@@ -82,7 +84,7 @@ class Request:
         modes = self.modes | {mode for mode, asked in optional.items() if asked}
         for threads in self.threads:
             for batch in self.batches:
-                yield threads, Plan(batch, self.dtype, self.clock, self.seconds, modes=modes)
+                yield threads, Plan(batch, self.dtype, self.clock, self.seconds, modes=modes, memory=self.memory)
 
 
 @dataclass

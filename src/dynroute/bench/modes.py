@@ -25,7 +25,7 @@ from dynroute.net import RoutedNet
 from dynroute.records import BenchRow
 from dynroute.routers import Router
 from dynroute.routers.static import StaticOptions, StaticRouter
-from dynroute.skipping import FastNet, Forms, fast_net
+from dynroute.skipping import MEMORY, FastNet, Forms, fast_net
 
 POOL = 256  # images at least through which the rounds rotate, where the data have so many
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,7 +60,10 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is timed, and how long. modes: all that are asked for; seconds: wall time for each case; least: rounds."""
+    """What is timed, and how long. modes: all that are asked for; seconds: wall time for each case; least: rounds.
+
+    memory: bound of the routed nets' programs, in weights of the net.
+    """
 
     batch: int = 1
     dtype: str = "fp32"
@@ -68,6 +71,7 @@ class Plan:
     seconds: float = 5.0
     least: int = LEAST
     modes: frozenset[str] = frozenset({"dense", "all_on", "masked", "skipping", "router"})
+    memory: float = MEMORY
 
 
 class DenseNet(nn.Module):
@@ -154,7 +158,7 @@ class _Cases:
                     self.remarks.append(str(reason))
         if "all_on" in modes:
             dense_UG = self.net.dense_routes(1)[0].to(self.net.cost.part_UG.device).float()
-            whole = fast_net(RoutedNet(self.net.backbone, Opened(self.net.router, dense_UG)))
+            whole = fast_net(RoutedNet(self.net.backbone, Opened(self.net.router, dense_UG)), self.plan.memory)
             yield "all_on", Case(lambda turn: _call(whole, self.picked(turn)), _macs)
         for place, point in enumerate(points):
             for mode, run, read in self.routed(point):
@@ -165,7 +169,7 @@ class _Cases:
         if "masked" in self.plan.modes:
             yield "masked", self.net, _macs
         if "skipping" in self.plan.modes:
-            yield "skipping", self.filled(fast_net(self.net), point), _macs
+            yield "skipping", self.filled(fast_net(self.net, self.plan.memory), point), _macs
         if "router" in self.plan.modes:
             yield "router", self.decisions(), lambda result: 0.0
         if ONNX_SKIPPING in self.plan.modes and self.plan.batch == 1:

@@ -265,10 +265,10 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return now
 
 
-def fast_net(net: RoutedNet) -> FastNet:
+def fast_net(net: RoutedNet, memory: float = MEMORY) -> FastNet:
     """The fast run of a net, with as many threads as torch is set to: images apart where there are several, on the CPU."""
     on_cpu = next(net.backbone.parameters()).is_cpu
-    return FastNet(net, threads=torch.get_num_threads() if on_cpu else 1)
+    return FastNet(net, memory, threads=torch.get_num_threads() if on_cpu else 1)
 
 
 class Routes:
