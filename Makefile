@@ -27,7 +27,7 @@ BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_any4 rnp_40 rnp
 SHAPES := dense widths rnr
 WEIGHTS := 0.5 2 8
 CIFAR100 := baseline widths rnp vanilla_9 vanilla_13 vanilla_26 vanilla_39 vanilla_55 vanilla_77
-CIFAR10_GPU := dense static_40 static_60 widths rnr
+CIFAR10_GPU := dense static_25 static_40 static_60 dense16 cascade widths rnr
 CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 CIFAR100_LONGER := dense static_70 dmnn_70
 CIFAR100_FROM_DENSE := dense static_70 dmnn_70 dmnn_70_budget
@@ -118,14 +118,16 @@ cifar10_gpu: .venv/ready
 	  at=runs/cifar10_gpu/$$net && run=$${net}_$$row-s$$seed && from=dense && \
 	  case $$row in \
 	    dense) words= ;; \
+	    dense16) words="backbone.weights=$${at}_dense-s$$seed" ;; \
+	    cascade) words="backbone.nets=[$${at}_static_25-s$$seed,$${at}_dense16-s$$seed]" ;; \
 	    *) if [ $$row = rnr ]; then from=widths; fi; \
 	       words="backbone.weights=$${at}_$$from-s$$seed optim.teacher=$${at}_dense-s$$seed" ;; \
 	  esac && \
 	  $(BIN)/dynroute train -c experiments/cifar10_gpu/$$row.yaml data.path=$(DATA) backbone.name=$$net seed=$$seed \
 	    name=$${net}_$$row $$words --out runs/cifar10_gpu/$$run --resume && \
 	  case $$row in \
-	    widths) continue ;; \
-	    rnr) $(BIN)/dynroute eval runs/cifar10_gpu/$$run $(foreach t,0.376 0.4 0.47 0.5 0.6 0.8,--flops-target $(t)) --controls \
+	    widths|dense16) continue ;; \
+	    rnr|cascade) $(BIN)/dynroute eval runs/cifar10_gpu/$$run $(foreach t,0.376 0.4 0.47 0.5 0.6 0.8,--flops-target $(t)) --controls \
 	      || test $$? -eq 3 ;; \
 	    *) $(BIN)/dynroute eval runs/cifar10_gpu/$$run ;; \
 	  esac && \

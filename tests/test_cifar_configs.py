@@ -86,9 +86,22 @@ def test_the_vanilla_rows_start(path: Path, arrays: dict[str, Path], tmp_path: P
 
 @pytest.mark.parametrize("path", sorted((EXPERIMENTS / "cifar10_gpu").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_rows_for_a_gpu_start(path: Path, arrays: dict[str, Path], tmp_path: Path) -> None:
+    if path.stem == "cascade":  # of two static rows
+        parts = ["backbone.width=16", "backbone.weights=null", "router.epochs=1", "optim.teacher=null"]
+        for name in ("static_25", "dense16"):
+            start(path.with_stem(name), arrays["cifar10"], tmp_path / name, *parts)
+        nets = f"backbone.nets=[{tmp_path}/static_25,{tmp_path}/dense16]"
+        words = [f"data.path={arrays['cifar10']}", "backbone.width=16", nets]
+        assert main(["train", "-c", str(path), *words, "--out", str(tmp_path / "run")]) == 0
+        assert main(["eval", str(tmp_path / "run"), "--flops-target", "0.6"]) in (0, 3)
+        return
     rnr = ["router.widths_epochs=1"] if path.stem == "widths" else ["router.agent_epochs=1", "router.joint_epochs=1"]
     words = rnr if path.stem in ("widths", "rnr") else ["router.epochs=1"]
-    apart = ["backbone.weights=null", "optim.teacher=null", "backbone.width=8"]
+    apart = [
+        "backbone.weights=null",
+        "optim.teacher=null",
+        f"backbone.width={16 if path.stem in ('static_25', 'dense16') else 8}",
+    ]
     phases = start(path, arrays["cifar10"], tmp_path / "run", *words, *apart)
     assert phases == {"widths": ["widths"], "rnr": ["agent1", "joint"]}.get(path.stem, ["train"])
 

@@ -43,11 +43,12 @@ def start(name: str, jpegs: Path, out: Path, *words: str) -> list[str]:
     return [row["phase"] for row in read_rows(out / "train.csv")]
 
 
-def test_rnr_starts_on_resnet50(jpegs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rnr_resnet50", "rnr_multipath50"])
+def test_rnr_starts_on_resnet50(name: str, jpegs: Path, tmp_path: Path) -> None:
     weights = tmp_path / "dense.pt"
     torch.save(make_backbone("resnet50", width=8, classes=2).dense_state(), weights)
     words = ("backbone.width=8", f"backbone.weights={weights}", "router.joint_epochs=1")
-    assert start("rnr_resnet50", jpegs, tmp_path / "run", *words) == ["widths", "agent1", "joint"]
+    assert start(name, jpegs, tmp_path / "run", *words) == ["widths", "agent1", "joint"]
 
 
 RNP = sorted(path.stem for path in EXPERIMENTS.glob("rnp_vgg16_*.yaml"))
