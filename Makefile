@@ -1,7 +1,7 @@
 # make demo    train DMNN and RNP on the embedded data and compare them with the static net of the same cost
 # make test    the test suite          make check   format, lint, types, tests
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
-# make cifar10_long  RNR and its static controls for 28 to 33 epochs, DMNN for 12: 12 rows of 15 to 110 minutes on one core
+# make cifar10_long  RNR and its static controls for 28 to 33 epochs, DMNN for 12: 13 rows of 10 to 110 minutes on one core
 # make cifar10_gpu   ResNet-20 and ResNet-56 for 160 epochs and more, three seeds (a GPU)
 # make budget  one net for any budget against a net for each
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
@@ -19,7 +19,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
 CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr multipath dmnn rnp
-CIFAR10_LONG := static28_40 static28_60 static56_60 rnr28 rnr56 rnr36x4 rnr28_40 rnr_40 rnr_50 rnr_60 rnr_80 dmnn_any
+CIFAR10_LONG := static28_40 static28_60 static56_60 rnr28 rnr56 rnr36x4 rnr28_40 rnr_40 rnr_50 rnr_60 rnr_80 rnr61_80 dmnn_any
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp rnp_joint rnp_paper_02 rnp_paper_05 rnp_paper_10 vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
