@@ -1,7 +1,7 @@
 # make demo    train DMNN and RNP on the embedded data and compare them with the static net of the same cost
 # make test    the test suite          make check   format, lint, types, tests
 # make cifar10 the experiments of the README; DATA: an .npz or the folder into which CIFAR-10 is downloaded
-# make cifar10_long  RNR and its static controls for 28 to 33 epochs, DMNN for 12: 13 rows of 10 to 110 minutes on one core
+# make cifar10_long  RNR and its static controls for 28 to 61 epochs, DMNN for 12: 13 rows of 10 to 110 minutes on one core
 # make cifar10_gpu   ResNet-20 and ResNet-56 for 160 epochs and more, three seeds (a GPU)
 # make budget  one net for any budget against a net for each
 # make ablation  DMNN's table 4 on the embedded data, 3 seeds: 12 runs of about 3 minutes on one core
