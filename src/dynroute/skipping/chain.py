@@ -131,11 +131,16 @@ def own_of(images: Sequence[int], keys: Sequence[Key]) -> set[tuple[bool, ...]]:
     return {keys[image].own for image in images}
 
 
+def pixel_means(x_BCHW: Tensor) -> Tensor:
+    """(B, C), in fp32 at least: what a router sees must not depend on where its image stands."""
+    return x_BCHW.mean((2, 3), dtype=torch.promote_types(x_BCHW.dtype, torch.float32))
+
+
 def pooled(slabs: Sequence[Slab], images: int, channels: int) -> Tensor:
     """Means over pixels of maps of full width, (B, C, 1, 1): all that a router with `pooled` looks at."""
     means = []
     for slab in slabs:
-        mean_NC = slab.x_NCHW.mean((2, 3), dtype=torch.float32)
+        mean_NC = pixel_means(slab.x_NCHW)
         means.append(F.pad(mean_NC, (0, channels - mean_NC.shape[1])) if mean_NC.shape[1] < channels else mean_NC)
     if len(slabs) == 1:
         return means[0][:, :, None, None]

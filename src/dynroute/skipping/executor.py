@@ -23,7 +23,7 @@ from dynroute.contracts import Output, Setting, Trace
 from dynroute.net import RoutedNet, stack
 from dynroute.routers import Router
 from dynroute.skipping.cache import Key, Program, Programs
-from dynroute.skipping.chain import FastLayer, Slab, entire, pooled
+from dynroute.skipping.chain import FastLayer, Slab, entire, pixel_means, pooled
 from dynroute.skipping.forms import Forms, forms_for
 from dynroute.skipping.lowering import straight
 from dynroute.skipping.unit import MASKED, SORTED, VIEWS, FastUnit, Run, Scratch, gathered
@@ -307,7 +307,7 @@ class Routes:
         if self.order is None:
             return x_BCHW
         if self.router.pooled:
-            return x_BCHW.mean((2, 3), dtype=torch.float32)[self.order.argsort()][:, :, None, None]
+            return pixel_means(x_BCHW)[self.order.argsort()][:, :, None, None]
         return gathered(x_BCHW, self.back())
 
     def reorder(self, index: Sequence[int]) -> None:
