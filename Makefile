@@ -12,6 +12,7 @@
 # make cifar100_small     DMNN and its controls, ResNet-20 on CIFAR-100: 13 rows of 8 to 55 minutes on one core
 # make cifar100_longer    three of these rows for 15 epochs instead of 6: 20 to 50 minutes each on one core
 # make cifar100_from_dense  four rows started from its dense net, 10 epochs more: 15 to 40 minutes each on one core
+# make cifar100_width32   DMNN, ConvNet-AIG and their controls on a net of twice the width, from its dense net: rows of 15 to 35 minutes
 # make cifar100_resnet50  DMNN's CIFAR-100 table (a GPU)      make cifar100_ablation  its table 4 there (a GPU)
 # make conv4   RNP's net of four convolutions against narrower ones      make cifar100   RNP's VGG-16 recipe (a GPU)
 PYTHON ?= python3
@@ -31,13 +32,14 @@ CIFAR10_GPU := dense static_25 static_40 static_60 dense16 cascade widths rnr
 CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 CIFAR100_LONGER := dense static_70 dmnn_70
 CIFAR100_FROM_DENSE := dense static_70 dmnn_70 dmnn_70_budget
+CIFAR100_WIDTH32 := start dense static_25 static_50 static_70 aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 WIDE := rnr64 dmnn64 static64_50
 EPOCHS ?= 60
 CATS_OVER_SHIPS := --hard 3,5 --easy 1,8
 TRAINED := run,backbone,target,batch,flops_ratio,over_eager,over_best,ideal_share,router_share,other_classes,torch
 
 .PHONY: demo test lint check format slow coverage ablation weight budget cifar10 cifar10_long cifar10_gpu conv4 wide cifar100 \
-  table clean shapes pruned bench cifar100_small cifar100_longer cifar100_from_dense cifar100_resnet50 \
+  table clean shapes pruned bench cifar100_small cifar100_longer cifar100_from_dense cifar100_width32 cifar100_resnet50 \
   cifar100_ablation
 
 .venv/ready: pyproject.toml
@@ -214,6 +216,11 @@ cifar100_longer: .venv/ready
 cifar100_from_dense: .venv/ready
 	$(call rows,cifar100/longer,dense)
 	$(call rows,cifar100/from_dense,$(CIFAR100_FROM_DENSE),0.7)
+	@$(MAKE) table
+
+# On a net of twice the width, whose halves of blocks are wide enough to be worth switching.
+cifar100_width32: .venv/ready
+	$(call rows,cifar100/width32,$(CIFAR100_WIDTH32),0.5 0.6 0.7)
 	@$(MAKE) table
 
 # The table at its trained points, stopped and resumed as you like, row by row and epoch by epoch. Sized for 30 minutes of one

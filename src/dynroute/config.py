@@ -33,7 +33,7 @@ CONFIG_FILE = "config.yaml"
 LATER: dict[str, dict[str, Any]] = {
     "data": {"superclasses": "auto", "flip": True},
     "backbone": {"fold": "auto"},
-    "router": {"open_epochs": 0, "cooling": 0.0, "budgets_per_image": 1},
+    "router": {"open_epochs": 0, "cooling": 0.0, "budgets_per_image": 1, "gradient": "soft", "gate_adam": 0.0},
 }
 
 

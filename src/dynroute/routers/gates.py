@@ -73,11 +73,16 @@ class DmnnOptions:
     or aig: the mean over blocks of (share run - target)^2, no FLOPs term."""
     temperature: float = 1.0
     """Temperature of the Gumbel softmax. Ours, as ConvNet-AIG."""
+    gradient: str = "soft"
+    """Gradient of a hard gate: soft, that of the softmax under the same noise (paper); or reinmax, exact to the second order
+    where soft is to the first (Liu et al., 2023; ours here)."""
     open_at_start: float = OPEN_AT_START
     """Probability with which a gate is open before training; not with a budget, where it depends on the target. Ours, as
     ConvNet-AIG."""
     gate_lr: float = 1.0
     """Learning rate of the controllers, times optim.lr. Ours."""
+    gate_adam: float = 0.0
+    """Learning rate of the controllers under Adam; 0: under SGD, as the backbone, at gate_lr. Ours."""
     gate_decay: float = 0.0
     """Weight decay of the controllers' weights; biases and BatchNorms have none. Ours."""
 
@@ -95,6 +100,8 @@ class DmnnOptions:
             )
         if self.resource not in ("dmnn", "flops", "aig"):
             raise InputError(f"router.resource must be dmnn, flops or aig, not {self.resource!r}")
+        if self.gradient not in ("soft", "reinmax"):
+            raise InputError(f"router.gradient must be soft or reinmax, not {self.gradient!r}")
         ranged("router.epochs", self.epochs, 0, 100_000)
         ranged("router.open_epochs", self.open_epochs, 0, 100_000)
         ranged("router.cooling", self.cooling, 0.0, 1.0)
@@ -103,6 +110,7 @@ class DmnnOptions:
         ranged("router.temperature", self.temperature, 1e-3, 1e3)
         ranged("router.open_at_start", self.open_at_start, 0.01, 0.99)
         ranged("router.gate_lr", self.gate_lr, 0.0, 1e3)
+        ranged("router.gate_adam", self.gate_adam, 0.0, 1.0)
         ranged("router.gate_decay", self.gate_decay, 0.0, 10.0)
 
 
@@ -257,7 +265,13 @@ class GateRouter(Router):
         The arg-max of two Gumbel-perturbed logits is the sign of their difference plus logistic noise.
         """
         uniform = torch.rand_like(logits_BG).clamp(1e-6, 1 - 1e-6)
-        soft = torch.sigmoid((logits_BG + self.noise * uniform.logit()) / self.options.temperature)
+        noisy_BG = logits_BG + self.noise * uniform.logit()
+        if self.options.gradient == "reinmax":
+            open_BG, keep_BG = logits_BG.detach().sigmoid(), (noisy_BG.detach() > 0).float()
+            slope_BG = 0.5 * (keep_BG * (1 - open_BG) + (1 - keep_BG) * open_BG)
+            slope = slope_BG * logits_BG
+            return keep_BG + (slope - slope.detach())
+        soft = torch.sigmoid(noisy_BG / self.options.temperature)
         return (soft > 0.5).float() + (soft - soft.detach())  # in this order the sum is exactly 0 or 1
 
 
@@ -315,6 +329,7 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         options.epochs,
         ("backbone", "router"),
         loss,
+        router_lr=options.gate_adam or None,
         router_scale=options.gate_lr,
         router_decay=options.gate_decay,
         schedule=lambda done: cool(router, done, options.cooling),
