@@ -19,7 +19,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
-CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr multipath dmnn rnp
+CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr multipath dmnn dmnn_flops rnp
 CIFAR10_LONG := static28_40 static28_60 static56_60 rnr28 rnr56 rnr36x4 rnr28_40 rnr_40 rnr_50 rnr_60 rnr_80 rnr61_80 dmnn_any
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
@@ -32,7 +32,7 @@ CIFAR10_GPU := dense static_25 static_40 static_60 dense16 cascade widths rnr
 CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 CIFAR100_LONGER := dense static_70 dmnn_70
 CIFAR100_FROM_DENSE := dense static_70 dmnn_70 dmnn_70_budget
-CIFAR100_WIDTH32 := start dense static_25 static_50 static_70 aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
+CIFAR100_WIDTH32 := start dense static_25 static_50 static_70 aig_50 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 WIDE := rnr64 dmnn64 static64_50
 EPOCHS ?= 60
 CATS_OVER_SHIPS := --hard 3,5 --easy 1,8

@@ -37,7 +37,7 @@ from dynroute.config import CONFIG_FILE, Config
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import CostTerms
 from dynroute.data import Dataset, loader
-from dynroute.evaluation import Evaluator
+from dynroute.evaluation import Evaluator, trained_in
 from dynroute.fit import fit
 from dynroute.measure import make_dial
 from dynroute.net import RoutedNet
@@ -178,8 +178,18 @@ def run(dense: Evaluator, config: Config, folder: Path, resume: bool = False) ->
     write_text(folder / CONFIG_FILE, config.yaml())
     tune = Phase("tune", config.router.epochs, ("backbone",), cross_entropy)
     rows = fit(routed, data, [tune], config.optim, folder, seed=seed, resume=resume, teacher=teacher)
-    dial = make_dial(routed, 0, list)
-    return Evaluator(folder, routed.eval(), config, data, dense.device, "last", len(rows), dial).measure(None).row
+    made = Evaluator(
+        folder,
+        routed.eval(),
+        config,
+        data,
+        dense.device,
+        "last",
+        len(rows),
+        trained_in(rows),
+        make_dial(routed, 0, list),
+    )
+    return made.measure(None).row
 
 
 def main(words: list[str] | None = None) -> int:

@@ -431,7 +431,8 @@ def test_rows_replace_those_of_the_same_setting(tmp_path: Path) -> None:
     file = tmp_path / "bench.csv"
     row = BenchRow(**LABELS, mode="skipping", flops_target=0.5, speedup=1.5)
     merge_bench(file, [row, replace(row, batch=8), replace(row, mode="masked")])
-    merge_bench(file, [replace(row, speedup=2.0), replace(row, threads=2), replace(row, dtype="bf16")])
+    others = [replace(row, threads=2), replace(row, dtype="bf16"), replace(row, flops_max=0.6)]
+    merge_bench(file, [replace(row, speedup=2.0), *others, replace(row, checkpoint="best")])
     found = [(r["mode"], r["batch"], r["threads"], r["dtype"], r["speedup"]) for r in read_rows(file)]
     assert found == [
         ("skipping", "8", "1", "fp32", "1.5"),
@@ -439,7 +440,10 @@ def test_rows_replace_those_of_the_same_setting(tmp_path: Path) -> None:
         ("skipping", "1", "1", "fp32", "2"),
         ("skipping", "1", "2", "fp32", "1.5"),
         ("skipping", "1", "1", "bf16", "1.5"),
+        ("skipping", "1", "1", "fp32", "1.5"),
+        ("skipping", "1", "1", "fp32", "1.5"),
     ]
+    assert [(r["flops_max"], r["checkpoint"]) for r in read_rows(file)[-2:]] == [("0.6", "last"), ("", "best")]
 
 
 def test_the_dense_twin_costs_what_shares_are_of() -> None:

@@ -102,8 +102,13 @@ def test_what_is_stored_is_read_again_by_limit_and_checkpoint(tmp_path: Path) ->
     assert {dial["images"] for dial in stored["dials"]} == {400} and sorted(table) == [0.5, 0.6]
     assert Setting(*(table[0.6][name] for name in ("price", "other", "part"))) == free.fit(0.6).setting
     assert table[0.6]["low"] < table[0.6]["share"] < table[0.6]["high"]
+    another = calibration(STEPS[:2])  # another program's, of the same dial
+    another.searched = {0.9: another.fit(0.9)}
+    write_budget(tmp_path, "a", another)
+    merged = read_budget(tmp_path, "a")
+    assert merged is not None and merged.points == free.points and set(merged.searched) == {0.5, 0.6, 0.9}
     write_budget(tmp_path, "b", capped, standing={"a", "b"})  # best.pt beside last.pt: both stay
-    assert read_budget(tmp_path, "a") == free and read_budget(tmp_path, "b") == capped
+    assert read_budget(tmp_path, "a") == merged and read_budget(tmp_path, "b") == capped
     write_budget(tmp_path, "c", capped)  # trained anew: nothing of the old ones stays
     assert read_budget(tmp_path, "a") is None and read_budget(tmp_path, "c", 0.7) is None
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import TINY
-from dynroute.backbones import BackboneOptions, Cascade, CifarResNet, make_backbone
+from dynroute.backbones import BACKBONES, BackboneOptions, Cascade, CifarResNet, make_backbone
 from dynroute.calibration import EXACT
 from dynroute.cli import main
 from dynroute.contracts import Batch, InputError, spread
@@ -58,6 +58,18 @@ def test_a_cascade_keeps_the_contracts(widths: tuple[float, float], parts: int) 
     body = cascade(*widths, parts=parts)
     check_backbone(body, 16)
     check_agreement(net_of(body), pictures(6))
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4_bn", "vgg16_bn_cifar"])
+def test_a_cascade_of_chains_keeps_the_contracts(name: str) -> None:
+    """Their layers read one another: with a BatchNorm, by the width of the layer before."""
+    torch.manual_seed(0)
+    options = BackboneOptions(name, parts=4, widths=[0.5, 0.75]).resolved("cascade")
+    body = make_backbone(BACKBONES[name], replace(SPEC, image_size=32), options)
+    assert isinstance(body, Cascade)
+    shake(body)
+    check_backbone(body, 32)
+    check_agreement(net_of(body), torch.randn(4, 3, 32, 32))
 
 
 def test_the_router_keeps_its_contract() -> None:

@@ -346,6 +346,35 @@ def test_an_input_error_of_many_lines_is_shown_as_one(monkeypatch: pytest.Monkey
     assert said(capfd, "list", status=2) == ("", "dynroute: first second\n")
 
 
+def test_want_of_memory_is_status_2_and_one_line(monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("Unable to allocate 37.3 GiB")
+
+    monkeypatch.setattr("dynroute.catalogue.listing", fail)
+    assert main(["list"]) == 2
+    assert capfd.readouterr().err == "dynroute: not enough memory: Unable to allocate 37.3 GiB\n"
+
+
+def test_a_closed_output_costs_nothing(tmp_path: Path, runs: dict[str, Path]) -> None:
+    shutil.copytree(runs["static"], tmp_path / "run", ignore=shutil.ignore_patterns("eval.csv"))
+    run = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m dynroute eval run >&-"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert len(read_eval(tmp_path / "run" / "eval.csv")) == 1
+
+
+def test_eval_says_that_training_was_stopped(tmp_path: Path, runs: dict[str, Path], capsys: Capture) -> None:
+    shutil.copytree(runs["dmnn"], tmp_path / "run", ignore=shutil.ignore_patterns("eval.csv"))
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert content["meta"]["epochs"] == len(content["rows"]) == 1
+    content["rows"] = []
+    torch.save(content, tmp_path / "run" / "last.pt")
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert "has 0 of its 1 epochs" in capsys.readouterr().err
+
+
 def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")

@@ -314,6 +314,22 @@ def test_options_out_of_range(name: str, value: float) -> None:
         DmnnOptions(**{name: value})  # type: ignore[arg-type]
 
 
+def test_parts_of_blocks_are_refused_where_only_flops_are_asked_for() -> None:
+    with pytest.raises(InputError, match=r"router\.targets are parts of blocks"):
+        DmnnOptions(targets=[0.5], resource="flops")
+
+
+def test_controllers_compute_in_fp32_under_autocast() -> None:
+    """Log odds near 0 decide: rounded to bf16 in training, an image would take another route in eval."""
+    router = GateRouter(SPECS, DmnnOptions()).eval()
+    x_BCHW = torch.randn(2, SPECS[0].in_channels, 4, 4)
+    seen = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            seen.append(router.decide(0, x_BCHW, Memory())[0].notes["logits"])
+    assert seen[1].dtype is torch.float32 and torch.equal(*seen)
+
+
 # --- ConvNet-AIG ------------------------------------------------------------------------------------------------
 
 AIG = {"hidden": 16, "norm": True, "previous": False, "category": False, "resource": "aig"}

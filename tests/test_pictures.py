@@ -108,11 +108,19 @@ def test_mean_cost_by_class_and_its_interval(tmp_path: Path) -> None:
 
 def test_execution_rates_by_class_and_by_superclass(tmp_path: Path) -> None:
     by_class = routes.rates(routed(make_run(tmp_path / "a")))
-    found = {(g, u): r for g, u, r in by_class[["group", "unit_name", "rate"]].itertuples(index=False)}
-    assert found[("cat", "a")] == 0 and found[("dog", "a")] == 1 and found[("dog", "stem")] == 1
-    assert found[("dog", "b")] == 0.25, "half of the images run one part of two"
+    found = {(g, u, p): r for g, u, p, r in by_class[["group", "unit_name", "part", "rate"]].itertuples(index=False)}
+    assert found[("cat", "a", 0)] == 0 and found[("dog", "a", 0)] == 1 and found[("dog", "stem", 0)] == 1
+    assert (found[("dog", "b", 0)], found[("dog", "b", 1)]) == (0.5, 0), "half of the images run the first of two parts"
     grouped = routes.rates(routed(make_run(tmp_path / "b", extra={"superclass": [0, 1] * 4})))
     assert set(grouped["by"]) == {"superclass"} and set(grouped["group"]) == {"superclass 0", "superclass 1"}
+
+
+def test_a_net_of_many_parts_has_a_column_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "MOST_PARTS", 3)
+    table = routes.rates(routed(make_run(tmp_path)))
+    found = {(g, u): r for g, u, r in table[["group", "unit_name", "rate"]].itertuples(index=False)}
+    assert found[("dog", "b")] == 0.25 and table["part"].isna().all(), "half of the images run one part of two"
+    assert len(found) == len(table)
 
 
 def test_many_classes_without_superclasses_have_no_heat_map(tmp_path: Path) -> None:

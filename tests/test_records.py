@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from dataclasses import replace
 from multiprocessing import Process
@@ -14,9 +15,11 @@ from dynroute.records import (
     EVAL_COLUMNS,
     EvalRow,
     as_dict,
+    check_writable,
     merge_eval,
     read_eval,
     read_rows,
+    write_file,
     write_rows,
     write_text,
 )
@@ -65,6 +68,26 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
         write_text(tmp_path / "a.txt", "new\n")
     assert (tmp_path / "a.txt").read_text() == "old\n"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    def fill(file: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as error:
+        write_file(tmp_path / "last.pt", fill)
+    assert error.value.filename == str(tmp_path / "last.pt") and not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_write_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("dynroute.records.tempfile.TemporaryFile", refuse)
+    with pytest.raises(InputError, match=f"cannot write to {tmp_path}: Read-only file system"):
+        check_writable(tmp_path)
 
 
 def test_merge_replaces_the_same_split_and_target(tmp_path: Path) -> None:

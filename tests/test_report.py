@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import itertools
 import random
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from conftest import tree
 from dynroute.contracts import InputError
 from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, write_rows
 from dynroute.report import Comparison, compare, read, to_rich
@@ -252,6 +254,30 @@ def test_a_seed_is_counted_once(tmp_path: Path) -> None:
     assert read([paths[0], tmp_path / "again" / ".." / "a"])[1] == []  # nan is no difference
 
 
+def test_a_run_that_was_stopped_does_not_displace_the_finished_one(tmp_path: Path) -> None:
+    full, stopped = save(tmp_path, row(0.5, 0.9, run="full", epochs=4), row(0.5, 0.1, run="stopped", epochs=1))
+    for paths in ([full, stopped], [stopped, full]):
+        rows, left_out = read(paths)
+        assert [r["run"] for r in rows] == ["full"]
+        assert [item.path.name for item in left_out] == ["stopped"]
+
+
+def test_a_failed_comparison_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = save(tmp_path, row(0.5, 0.9, run="a"))
+    compare(paths, tmp_path / "old")
+    before = tree(tmp_path / "old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dynroute.report.write_text", full)
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="No space left") as error:
+            compare(paths, tmp_path / name)
+        assert error.value.filename == str(tmp_path / name)
+    assert tree(tmp_path / "old") == before and not (tmp_path / "new").exists()
+
+
 def test_rows_without_a_number_are_named(tmp_path: Path) -> None:
     paths = save(tmp_path, row(0.5, 0.9), row(0.5, float("nan"), flops_target=0.5))
     rows, (missing,) = read(paths)
@@ -418,10 +444,13 @@ def test_a_row_with_a_limit_on_every_image_is_told_apart_and_has_no_time_of_the_
     for limit, top1 in ((None, 0.9), (0.6, 0.8)):
         merge_eval(tmp_path / "a" / "eval.csv", row(0.5, top1, run="a", flops_target=0.5, flops_max=limit))
     time = {"mode": "skipping", "flops_target": "0.5", "rate": "", "batch": "1", "threads": "1", "device": "cpu"}
-    write_rows(
-        tmp_path / "a" / "bench.csv", [{**time, "latency_ms_p50": "3.5", "macs_share": "0.5", "machine": "here"}]
-    )
+    timed = {**time, "latency_ms_p50": "3.5", "macs_share": "0.5", "machine": "here"}
+    write_rows(tmp_path / "a" / "bench.csv", [timed])
     table = compare([tmp_path / "a"], tmp_path / "out").table
     shown = dict(zip(table["label"], table["latency_ms"], strict=True))
     assert set(shown) == {"a", "a max 0.6"}
     assert shown["a"] == 3.5 and shown["a max 0.6"] != 3.5
+    limited = {**timed, "latency_ms_p50": "2.5", "flops_max": "0.6"}
+    write_rows(tmp_path / "a" / "bench.csv", [timed | {"flops_max": ""}, limited])
+    table = compare([tmp_path / "a"], tmp_path / "out").table
+    assert dict(zip(table["label"], table["latency_ms"], strict=True)) == {"a": 3.5, "a max 0.6": 2.5}

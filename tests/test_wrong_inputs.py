@@ -57,6 +57,7 @@ def place(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     (root / "words.pt").write_bytes(b"Please find the weights attached.")
     (root / "old_attack.pt").write_bytes(pickle.dumps(Attack(), protocol=0))
     (root / "broken.yaml").write_text("optim: {lr: 0.1\nseed: 3\n")
+    (root / "twice.yaml").write_text("optim: {lr: 0.1}\nseed: 3\noptim: {momentum: 0.5}\n")
     (root / "list.yaml").write_text("- seed\n- 3\n")
     (root / "key.yaml").write_text("optim:\n  learning_rate: 0.1\n")
     (root / "flat.yaml").write_text("optim: 3\n")
@@ -126,6 +127,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "unknown kind": (["list", "optimizers"], "'optimizers' is not one of"),
     "missing argument": (["eval"], "Missing argument"),
     # configuration files
+    "a key given twice": (["train", "-c", "twice.yaml"], "twice.yaml line 3: not YAML: optim is given twice"),
+    "a path of data that are drawn": (train("data.path=cifar10.npz"), "data.path is for data that are read"),
     "bad YAML": (["train", "-c", "broken.yaml"], "broken.yaml line 2: not YAML"),
     "YAML of a list": (["train", "-c", "list.yaml"], "list.yaml must hold keys and values, not a list"),
     "YAML with an unknown key": (["train", "-c", "key.yaml"], "key.yaml: unknown key 'optim.learning_rate'"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynroute.contracts import InputError, OutOfReach, Setting
-from dynroute.records import BUDGET_FILE, write_text
+from dynroute.records import BUDGET_FILE, locked, write_text
 
 TOLERANCE = 0.02  # a target is missed when the reached share is further away
 EXACT = 0.002  # a price whose share is as near as this is used alone
@@ -148,20 +148,35 @@ def write_budget(
 ) -> None:
     """Store the points, dearest first, and the setting and expected share of each target searched for.
 
-    Dials of other limits stay, and those of other checkpoints that are `standing` (fingerprints of what the folder holds).
+    Dials of other limits stay, those of other checkpoints that are `standing` (fingerprints of what the folder holds), and
+    what another program has found for the same dial meanwhile.
     """
-    try:
-        old = _content(folder)
-        known = old["dials"] if old.get("format") == FORMAT else []
-        others = [dial for dial in known if (dial["checkpoint"], dial["flops_max"]) != (fingerprint, limit)]
-        dials = [dial for dial in others if dial["checkpoint"] in {fingerprint, *standing}]
-    except BROKEN:
-        dials = []
-    targets = [{"target": target, **_flat(fit)} for target, fit in sorted(calibration.searched.items())]
     made = {"checkpoint": fingerprint, "flops_max": limit, "images": calibration.images}
-    dials.append({**made, "points": sorted(calibration.points.values()), "targets": targets})
-    content = {"format": FORMAT, "dials": dials}
-    write_text(folder / BUDGET_FILE, json.dumps(content, indent=1) + "\n")
+    points = {point.price: list(point) for point in calibration.points.values()}
+    targets = {target: {"target": target, **_flat(fit)} for target, fit in calibration.searched.items()}
+    with locked(folder):
+        dials = []
+        for dial in _dials(folder):
+            if (dial["checkpoint"], dial["flops_max"]) != (fingerprint, limit):
+                dials += [dial] if dial["checkpoint"] in {fingerprint, *standing} else []
+            elif dial["images"] == calibration.images:
+                points = {point[0]: point for point in dial["points"]} | points
+                targets = {known["target"]: known for known in dial["targets"]} | targets
+        own = {"points": sorted(points.values()), "targets": [targets[target] for target in sorted(targets)]}
+        content = {"format": FORMAT, "dials": [*dials, {**made, **own}]}
+        write_text(folder / BUDGET_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def _dials(folder: Path) -> list[dict[str, Any]]:
+    """What budget.json holds now; nothing where it is missing, broken or of an older format."""
+    try:
+        content = _content(folder)
+        dials = list(content["dials"]) if content.get("format") == FORMAT else []
+        return [
+            {key: dial[key] for key in ("checkpoint", "flops_max", "images", "points", "targets")} for dial in dials
+        ]
+    except BROKEN:
+        return []
 
 
 def _flat(fit: Fit) -> dict[str, float]:

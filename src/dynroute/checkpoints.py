@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickletools
 import warnings
 from pathlib import Path
@@ -30,7 +31,9 @@ def save_checkpoint(
         "optimizers": optimizers,
         "rows": rows,
     }
-    write_file(path, lambda file: torch.save(content, file))
+    made = io.BytesIO()  # torch says of a full disk that a zip file is broken
+    torch.save(content, made)
+    write_file(path, lambda file: file.write(made.getbuffer()))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -152,7 +154,7 @@ def train(
         title = f"training {each.router_name} on {each.data.name}, into {folder}"
         with Progress(title) as progress:
             runs.train(each, folder, resume=resume, begun=progress.begin, listener=progress.hear)
-        print(f"done: dynroute eval {folder} --flops-target 0.5")
+        print(f"done: dynroute eval {shlex.quote(str(folder))} --flops-target 0.5")
 
 
 @app.command("eval")
@@ -497,6 +499,7 @@ def write_curve(rows: list[dict[str, Any]], run: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. Input errors are one line on stderr and status 2."""
+    sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()
     command = (sys.argv[1:] if arguments is None else arguments)[:1]
     stopped = STOPPED + RESUME if command == ["train"] else STOPPED
     try:
@@ -511,11 +514,18 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):  # newer Typers return the status instead
         return _fail(stopped, INTERRUPTED)
     except OSError as error:  # a folder that is a file, no permission, a full disk
-        return _fail(f"cannot use {error.filename or 'a file'}: {error.strerror or error}", 2)
+        return _fail(f"cannot use {error.filename or 'the output'}: {error.strerror or error}", 2)
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error}", 2)
     except RuntimeError as error:
         if type(error).__name__ != "Diverged":  # named, so that torch is not imported to say it
             raise
         return _fail(str(error), 1)
+
+
+def nowhere() -> TextIO:
+    """Stands for an output that the shell has closed (>&-)."""
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def _fail(message: str, status: int) -> int:

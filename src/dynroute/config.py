@@ -33,7 +33,7 @@ CONFIG_FILE = "config.yaml"
 LATER: dict[str, dict[str, Any]] = {
     "data": {"superclasses": "auto", "flip": True},
     "backbone": {"fold": "auto"},
-    "router": {"open_epochs": 0, "cooling": 0.0, "budgets_per_image": 1, "gradient": "soft", "gate_adam": 0.0},
+    "router": {"open_epochs": 0, "cooling": 0.0, "budgets_per_image": 1},
 }
 
 
@@ -188,9 +188,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return _parse_yaml(text, str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which here refuses a key that is given twice: one of the two would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen |= {key.value} if isinstance(key.value, str) else set()
+        return super().construct_mapping(node, deep)
+
+
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -49,6 +49,7 @@ from dynroute.records import (
     ROUTES_FILE,
     BenchRow,
     EvalRow,
+    check_writable,
     image_setting,
     locked,
     merge_bench,
@@ -112,6 +113,7 @@ class Evaluator:
         """
         if not folder.is_dir():
             raise InputError(f"{folder} is not a run folder{nearest(folder)}")
+        check_writable(folder)
         path = folder / (BEST if checkpoint == "best" else LAST)
         net, config, content = restore(path)
         place = prepare(on_device(config, device))
@@ -124,11 +126,15 @@ class Evaluator:
         def batches() -> Iterable[Batch]:
             return loader(few, data.spec, 256, train=False, device=place, workers=config.data.workers)
 
-        dial = make_dial(net, len(few), batches, read_budget(folder, fingerprint(path), flops_max))
-        remarks = ("budget.json is of an older version: settings are fitted anew",) if outdated(folder) else ()
+        remarks: tuple[str, ...] = ()
+        if outdated(folder):
+            remarks = ("budget.json is of an older version: settings are fitted anew",)
         rows = content["rows"]
-        precision = "+".join(sorted({str(row["precision"]) for row in rows if row.get("precision")}))
-        return cls(folder, net, config, data, place, checkpoint, len(rows), precision, dial, flops_max, remarks)
+        planned = content["meta"].get("epochs", 0)  # which older checkpoints do not say
+        if checkpoint == "last" and len(rows) < planned:
+            remarks += (f"{folder} has {len(rows)} of its {planned} epochs: `dynroute train --resume` finishes it",)
+        dial = make_dial(net, len(few), batches, read_budget(folder, fingerprint(path), flops_max))
+        return cls(folder, net, config, data, place, checkpoint, len(rows), trained_in(rows), dial, flops_max, remarks)
 
     def measure(self, target: float | None, split: str = "test", timed: bool = False) -> Result:
         """Set the dial for a target by the calibration split (None: the trained point), then measure the split.
@@ -168,7 +174,10 @@ class Evaluator:
         batch = next(iter(loader(few, self.data.spec, images, train=False, device=self.device, workers=workers)))
         dense = dense_twin(self.config, self.data.spec).backbone.to(self.device)
         labels = bench_labels(self.config, self.device) | {"run": self.folder.name}
-        return bench(self.net, dense, batch.images, points, plan, labels)
+        benched = bench(self.net, dense, batch.images, points, plan, labels)
+        for row in benched.rows:
+            row.flops_max, row.checkpoint = self.flops_max, self.checkpoint
+        return benched
 
     def targets(self, count: int = 10) -> list[float]:
         """So many targets across the range that the dial reaches, its ends included."""
@@ -309,6 +318,11 @@ class Evaluator:
             old = read_rows(path) if path.exists() else []
             kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
             write_rows(path, [*kept, *(setting | row for row in rows)])
+
+
+def trained_in(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The precision that the rows of a train.csv name, both where a run went on in another; empty where they name none."""
+    return "+".join(sorted({str(row["precision"]) for row in rows if row.get("precision")}))
 
 
 def _answers(scores: Scores) -> dict[str, list[Any]]:

@@ -16,7 +16,16 @@ from torch import Tensor
 from dynroute.contracts import UnitSpec
 from dynroute.data import DataSpec, FileSplit, Split, loader
 from dynroute.measure import Scores
-from dynroute.records import CLASSES_FILE, IMAGES_FILE, IMAGES_FOLDER, UNITS_FILE, read_rows, write_file, write_rows
+from dynroute.records import (
+    CLASSES_FILE,
+    IMAGES_FILE,
+    IMAGES_FOLDER,
+    UNITS_FILE,
+    locked,
+    read_rows,
+    write_file,
+    write_rows,
+)
 
 ENDS = 5  # images from each end of a class's costs
 CLASSES = 10  # classes of which images are kept
@@ -41,9 +50,6 @@ def write_images(
     setting: split, flops_target, flops_max and checkpoint, as in routes.csv; other settings' rows stay, and files that no row
     names go. Nothing is added where all images cost the same.
     """
-    path = folder / IMAGES_FILE
-    old = read_rows(path) if path.exists() else []
-    kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
     chosen = ends(scores.label_N, scores.macs_N)
     places = [place for _, _, _, place in chosen]
     files = {place: f"{setting['split']}_{int(scores.index_N[place]):06d}.png" for place in places}
@@ -51,15 +57,20 @@ def write_images(
         {**setting, "label": label, "end": end, "rank": rank, "index": int(scores.index_N[place]), "file": files[place]}
         for label, end, rank, place in chosen
     ]
-    if not kept and not rows:
-        return
-    for place, pixels in zip(files, _pixels(split.take(scores.index_N[list(files)]), spec), strict=True):
-        _save(pixels, folder / IMAGES_FOLDER / files[place])
-    write_rows(path, [*kept, *rows])
-    named = {row["file"] for row in [*kept, *rows]}
-    for file in (folder / IMAGES_FOLDER).glob("*_*.png"):
-        if file.name not in named:
-            file.unlink()
+    pixels = _pixels(split.take(scores.index_N[list(files)]), spec)
+    with locked(folder):
+        path = folder / IMAGES_FILE
+        old = read_rows(path) if path.exists() else []
+        kept: list[dict[str, Any]] = [r for r in old if any(r.get(k, "") != v for k, v in setting.items())]
+        if not kept and not rows:
+            return
+        for name, image in zip(files.values(), pixels, strict=True):
+            _save(image, folder / IMAGES_FOLDER / name)
+        write_rows(path, [*kept, *rows])
+        named = {row["file"] for row in [*kept, *rows]}
+        for file in (folder / IMAGES_FOLDER).glob("*_*.png"):
+            if file.name not in named:
+                file.unlink()
 
 
 def ends(label_N: Tensor, macs_N: Tensor) -> list[tuple[int, str, int, int]]:

@@ -91,7 +91,7 @@ class BenchRow:
     mode: dense (as PyTorch runs it), dense_best (the fastest of the forms of the dense net, named in `form`), compiled,
     onnxruntime (both dense), onnx_skipping (the routed net there), all_on (the routed net's executor with every part on),
     masked, skipping.
-    routes: who chose them: router, or random or uniform draws. flops_target, rate: of the setting, empty where none is.
+    routes: who chose them: router, or random or uniform draws. flops_target, flops_max, rate: of the setting, empty if none.
     latency_ms_*: per image; call_ms_p50: of the whole batch; wall_ms_p50: per image, by the wall's clock.
     images_per_s: from the mean time. speedup: dense_best's mean time / this mean time.
     macs_mean: multiply-adds per image of the images run, as routed; macs_share: of the dense net's. ideal_share: speed-up over
@@ -107,6 +107,8 @@ class BenchRow:
     form: str = ""
     routes: str = ""
     flops_target: float | None = None
+    flops_max: float | None = None
+    checkpoint: str = "last"
     rate: float | None = None
     batch: int = 1
     threads: int = 1
@@ -132,7 +134,7 @@ class BenchRow:
 
 
 BENCH_COLUMNS = tuple(f.name for f in fields(BenchRow))
-BENCH_KEY = ("mode", "flops_target", "rate", "batch", "threads", "device", "dtype")
+BENCH_KEY = ("mode", "flops_target", "flops_max", "checkpoint", "rate", "batch", "threads", "device", "dtype")
 EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))
 LATER = frozenset(
     {"control", "price_other", "price_part", "share_low", "share_high", "flops_max", "latency_ms_mean", "precision"}
@@ -146,7 +148,28 @@ def as_dict(row: EvalRow | BenchRow) -> dict[str, Any]:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace the file in one step: a reader sees the old one or the new, never a half of it. Makes its folder."""
+    """Replace the file in one step: a reader sees the old one or the new, never a half of it. Makes its folder.
+
+    An OSError names the file, not the temporary one.
+    """
+    try:
+        _write_file(path, write)
+    except OSError as error:
+        if error.filename and not Path(error.filename).name.startswith(f".{path.name}."):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError where no file can be made in a folder: better before an hour's work than after it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -262,7 +285,7 @@ def image_setting(split: str, target: float | None, most: float | None, checkpoi
 
 
 def merge_bench(path: Path, rows: Sequence[BenchRow]) -> None:
-    """Add rows to a bench.csv in place of those of the same mode, target, batch, threads, device and floating type."""
+    """Add rows to a bench.csv in place of those of the same mode, setting, checkpoint, batch, threads, device and type."""
     with locked(path.parent):
         _merge_bench(path, rows)
 
@@ -271,6 +294,7 @@ def _merge_bench(path: Path, rows: Sequence[BenchRow]) -> None:
     new = [{k: _cell(v) for k, v in as_dict(row).items()} for row in rows]
     replaced = {tuple(row[k] for k in BENCH_KEY) for row in new}
     old = [{k: row.get(k, "") for k in BENCH_COLUMNS} for row in (read_rows(path) if path.exists() else [])]
+    old = [row | {"checkpoint": row["checkpoint"] or "last"} for row in old]
     kept = [row for row in old if tuple(row[k] for k in BENCH_KEY) not in replaced]
     write_rows(path, [*kept, *new], BENCH_COLUMNS)
 

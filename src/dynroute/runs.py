@@ -74,7 +74,7 @@ def train(
             log.info("note: %s", remark)
         listener(step)
 
-    meta = {"config": config.yaml(), "data": dataclasses.asdict(data.spec)}
+    meta = {"config": config.yaml(), "data": dataclasses.asdict(data.spec), "epochs": sum(p.epochs for p in phases)}
     workers = config.data.workers
     try:
         fit(

@@ -42,6 +42,9 @@ DATASETS: dict[str, MakeDataset] = {
 }
 
 
+MOST = {"image_size": 4096, "train_images": 100_000_000, "test_images": 100_000_000, "workers": 1024}
+
+
 def load(options: DataOptions, seed: int = 0, make: MakeDataset | None = None) -> Dataset:
     """The data set that the options name; make: another package's function for it, instead of the row of DATASETS.
 
@@ -68,9 +71,11 @@ def check(options: DataOptions) -> None:
     """Raises InputError for the first option out of its range."""
     if not 0 < options.calibration < 1:
         raise InputError(f"data.calibration must lie between 0 and 1, not {options.calibration}")
-    for name in ("train_images", "test_images", "workers"):
-        if getattr(options, name) < 0:
-            raise InputError(f"data.{name} must not be negative, but is {getattr(options, name)}")
+    for name, most in MOST.items():
+        if not 0 <= getattr(options, name) <= most:
+            raise InputError(f"data.{name} must lie between 0 and {most}, not {getattr(options, name)}")
+    if options.path is not None and options.name == "shapes":
+        raise InputError("data.path is for data that are read; data.name=shapes are drawn")
     if options.superclasses == FOLDERS and options.name not in ("folder", "imagenet"):
         raise InputError(f"data.superclasses=folders is for data.name=folder or imagenet, not {options.name}")
     if options.image_size != 0 and options.image_size < 8:

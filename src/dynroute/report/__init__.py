@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from dynroute.report import page, pictures, routed, routes, tables
 from dynroute.report.cells import control_cells, fitting, rich_table, to_latex, to_markdown, to_rich, without_common
 from dynroute.report.papers import PaperTable, expand, paper_table, paper_tables
 from dynroute.report.pictures import Picture
-from dynroute.report.read import CONTROLS_FILE, PAPERS_FILE, TABLE_FILE, LeftOut, read
+from dynroute.report.read import CONTROLS_FILE, PAPERS_FILE, TABLE_FILE, LeftOut, Row, read
 from dynroute.report.routes import RouteReport
 from dynroute.report.tables import Tables
 
@@ -55,11 +57,20 @@ def compare(paths: Sequence[Path], out: Path, papers: Sequence[str] = ()) -> Com
     """Read the runs; write table.csv, .md, .tex, controls.csv, the pictures, routes_report.csv and index.html into `out`.
 
     paths: run folders, folders of runs or of CSVs, eval CSVs. papers: names out of `paper_tables`, or "all";
-    adds papers.csv and papers.md, and needs no paths. Raises InputError where nothing can be shown.
+    adds papers.csv and papers.md, and needs no paths. All files are made before the first takes its place, so that a full disk
+    leaves what was there. Raises InputError where nothing can be shown.
     """
     names = expand(papers)
     rows, left_out = read(paths) if paths or not names else ([], [])
-    _make_folder(out)
+    with _made_in(out) as fresh:
+        made = _compare(rows, left_out, names, fresh)
+        places = [out / file.relative_to(fresh) for file in made.files]
+        for file, place in zip(made.files, places, strict=True):
+            file.replace(place)
+    return replace(made, files=places)
+
+
+def _compare(rows: list[Row], left_out: list[LeftOut], names: Sequence[str], out: Path) -> Comparison:
     made = tables.build(rows, left_out) if rows else tables.empty()
     images = routed.load(rows, left_out) if rows else []
     reports = [routes.route_report(each) for each in images]
@@ -93,8 +104,21 @@ def _write_papers(reported: list[PaperTable], out: Path) -> list[Path]:
     return [out / PAPERS_FILE, out / "papers.md"]
 
 
-def _make_folder(out: Path) -> None:
+@contextmanager
+def _made_in(out: Path) -> Iterator[Path]:
+    """A folder in `out` for files on their way there; `out` goes again if it was made for them and nothing came of them."""
+    there = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        holder = tempfile.TemporaryDirectory(dir=out, prefix=".")
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    try:
+        with holder as fresh:
+            yield Path(fresh)
+    except BaseException as error:
+        if not there and not any(out.iterdir()):
+            out.rmdir()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(out)) from None
+        raise

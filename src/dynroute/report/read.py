@@ -172,9 +172,10 @@ def _setting(row: Row) -> tuple[Any, ...]:
 
 
 def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOut]]:
-    """Keep the last of the rows alike in setting and seed: counted twice, they would pass for two seeds.
+    """Keep one of the rows alike in setting and seed: counted twice, they would pass for two seeds.
 
-    Of rows that are the same throughout, the one with its routes at hand.
+    The one trained for more epochs, if the other was stopped; else the last. Of rows that are the same throughout, the one
+    with its routes at hand.
     """
     kept: dict[tuple[Any, ...], tuple[Path, Row]] = {}
     repeats: dict[LeftOut, None] = {}
@@ -182,6 +183,9 @@ def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOu
         key = (*_setting(row), row["control"])
         same = key in kept and _numbers(kept[key][1]) == _numbers(row)
         if same and kept[key][1]["routes_file"] and not row["routes_file"]:
+            continue
+        if key in kept and kept[key][1]["epochs"] > row["epochs"]:
+            repeats[LeftOut(_shown(file), f"stopped early: {_shown(kept[key][0])} is the same for more epochs")] = None
             continue
         if key in kept and not same:
             reason = f"same configuration, seed and target as {_shown(file)}, which is shown in its place"

@@ -74,12 +74,14 @@ class Routed:
         return Path(self.row["routes_file"]).parent
 
     def rate_by(self, column: str) -> pd.DataFrame:
-        """Mean of the kept parts of each unit (columns 0..U-1) over the images of each value of a column."""
-        import numpy as np
+        """How many of the images of each value of a column run each part, 0..1: columns unit (0..U-1) and part (0..G-1)."""
         import pandas as pd
 
-        rate_RU = self.keep_RUG.sum(2) / np.array(self.parts)
-        return pd.DataFrame(rate_RU[self.images["code"]]).groupby(self.images[column].to_numpy()).mean()
+        places = [(u, g) for u, parts in enumerate(self.parts) for g in range(parts)]
+        rate_RP = self.keep_RUG[:, [u for u, _ in places], [g for _, g in places]].astype(float)
+        columns = pd.MultiIndex.from_tuples(places, names=["unit", "part"])
+        table = pd.DataFrame(rate_RP[self.images["code"]], columns=columns)
+        return table.groupby(self.images[column].to_numpy()).mean()
 
 
 def one_run_each(rows: Sequence[Row]) -> pd.DataFrame:

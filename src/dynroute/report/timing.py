@@ -12,8 +12,10 @@ from dynroute.records import read_rows
 Row = dict[str, Any]
 OWN = ("skipping", "masked")  # forms of the net itself; the others compute the dense net or all parts
 DENSE = ("dense", "dense_best", "compiled", "onnxruntime")  # forms in which a full static net is timed too
-NUMBERS = ("flops_target", "rate", "batch", "threads", "latency_ms_p50", "macs_share")
+NUMBERS = ("flops_target", "flops_max", "rate", "batch", "threads", "latency_ms_p50", "macs_share")
 LATER = {
+    "flops_max": "",
+    "checkpoint": "last",
     "rate": "",
     "dtype": "fp32",
     "images_per_s": "",
@@ -60,17 +62,20 @@ def of_row(row: Mapping[str, Any], timed: Iterable[Row]) -> dict[Clock, Taken]:
     A static net at full width is the dense net, and so has its forms too. The time that `eval --latency` left in the row counts.
     """
     full = row["method"] == "static" and row["macs_share"] > FULL
-    limited = row["flops_max"] is not None  # which `bench` does not time
     found: dict[Clock, Taken] = {}
     for time in timed:
-        own = time["mode"] in OWN and time["flops_target"] == row["flops_target"] and time["rate"] is None
-        if (own and not limited) or (full and time["mode"] in DENSE):
+        own = time["mode"] in OWN and time["rate"] is None and _setting(time) == _setting(row)
+        if own or (full and time["mode"] in DENSE):
             taken, clock = _taken(time), clock_of(time)
             found[clock] = min(found.get(clock, taken), taken)
     if row["latency_ms_p50"] is not None and row["latency_batch"] and row["latency_threads"]:
         sizes = int(row["latency_batch"]), int(row["latency_threads"])
         found.setdefault(Clock(*sizes, row["latency_device"], "fp32", row["machine"]), _taken(row))
     return found
+
+
+def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["flops_target"], row["flops_max"], row["checkpoint"] or "last"
 
 
 def _taken(row: Mapping[str, Any]) -> Taken:

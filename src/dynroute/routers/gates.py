@@ -39,7 +39,7 @@ class DmnnOptions:
 
     target: float = TARGET
     """Target t = r: share of the dense net's multiply-adds, and of the sub-blocks of each block, that should run. With
-    resource=aig, of the blocks alone."""
+    resource=aig, of the blocks alone. Beside targets with resource=aig it only names the row in tables."""
     targets: list[float] = field(default_factory=list)
     """r of each block, in the order of the blocks (ConvNet-AIG; or where all sub-blocks together cost much more than the dense
     net, so that r of them and t of the dense net are not the same thing); empty: target for all."""
@@ -73,16 +73,11 @@ class DmnnOptions:
     or aig: the mean over blocks of (share run - target)^2, no FLOPs term."""
     temperature: float = 1.0
     """Temperature of the Gumbel softmax. Ours, as ConvNet-AIG."""
-    gradient: str = "soft"
-    """Gradient of a hard gate: soft, that of the softmax under the same noise (paper); or reinmax, exact to the second order
-    where soft is to the first (Liu et al., 2023; ours here)."""
     open_at_start: float = OPEN_AT_START
     """Probability with which a gate is open before training; not with a budget, where it depends on the target. Ours, as
     ConvNet-AIG."""
     gate_lr: float = 1.0
     """Learning rate of the controllers, times optim.lr. Ours."""
-    gate_adam: float = 0.0
-    """Learning rate of the controllers under Adam; 0: under SGD, as the backbone, at gate_lr. Ours."""
     gate_decay: float = 0.0
     """Weight decay of the controllers' weights; biases and BatchNorms have none. Ours."""
 
@@ -91,6 +86,8 @@ class DmnnOptions:
         ranged("router.target", self.target, 0.01, 1.0)
         for target in self.targets:
             ranged("router.targets", target, 0.0, 1.0)
+        if self.targets and self.resource == "flops":
+            raise InputError("router.targets are parts of blocks, which router.resource=flops does not ask for")
         check_budget(self.budget, self.budgets_per_image)
         if self.budget and (self.targets or self.target != TARGET):
             raise InputError("router.budget excludes router.target and router.targets: it draws targets from its range")
@@ -100,8 +97,6 @@ class DmnnOptions:
             )
         if self.resource not in ("dmnn", "flops", "aig"):
             raise InputError(f"router.resource must be dmnn, flops or aig, not {self.resource!r}")
-        if self.gradient not in ("soft", "reinmax"):
-            raise InputError(f"router.gradient must be soft or reinmax, not {self.gradient!r}")
         ranged("router.epochs", self.epochs, 0, 100_000)
         ranged("router.open_epochs", self.open_epochs, 0, 100_000)
         ranged("router.cooling", self.cooling, 0.0, 1.0)
@@ -110,7 +105,6 @@ class DmnnOptions:
         ranged("router.temperature", self.temperature, 1e-3, 1e3)
         ranged("router.open_at_start", self.open_at_start, 0.01, 0.99)
         ranged("router.gate_lr", self.gate_lr, 0.0, 1e3)
-        ranged("router.gate_adam", self.gate_adam, 0.0, 1.0)
         ranged("router.gate_decay", self.gate_decay, 0.0, 10.0)
 
 
@@ -202,12 +196,8 @@ class GateRouter(Router):
         z_BC = _pooled(x_BCHW).to(self.get_buffer(f"share_{u}").dtype)  # the net may run in a shorter type
         if self.range is not None and state.told_B is not None:
             z_BC = torch.cat([z_BC, self.range.heard(state.told_B)[:, None].to(z_BC.dtype)], 1)
-        v_BD = self.features[u](z_BC)
-        h_BD = F.relu(v_BD if self.norms is None else self.norms[u](v_BD))
-        if state.h_BD is not None and str(u) in self.previous:
-            h_BD = h_BD + F.relu(self.previous[str(u)](state.h_BD))
-        closed_open_BG2 = self.gates[u](h_BD).float().unflatten(1, (-1, 2))
-        logits_BG = closed_open_BG2[:, :, 1] - closed_open_BG2[:, :, 0]
+        with torch.autocast(z_BC.device.type, enabled=False):  # log odds near 0 differ by less than bf16 can tell
+            h_BD, logits_BG = self._controller(u, z_BC, state.h_BD)
         if state.told_B is not None:
             logits_BG = logits_BG + self.slopes[u] * state.told_B[:, None]
         logits_BG = logits_BG - self.asked()[1] * self.get_buffer(f"share_{u}")
@@ -219,6 +209,15 @@ class GateRouter(Router):
             notes |= {"asked": state.asked_B, "told": state.told_B, "greedy": greedy_BG}
         keep_BG = self._sample(logits_BG) if self.training else (logits_BG > 0).float()
         return Decision(legal(keep_BG, self.specs[u]), notes), state._replace(h_BD=h_BD)
+
+    def _controller(self, u: int, z_BC: Tensor, before_BD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The state h_BD of block u, (5)-(7), and its log odds (B, G) of open against closed (8)."""
+        v_BD = self.features[u](z_BC)
+        h_BD = F.relu(v_BD if self.norms is None else self.norms[u](v_BD))
+        if before_BD is not None and str(u) in self.previous:
+            h_BD = h_BD + F.relu(self.previous[str(u)](before_BD))
+        closed_open_BG2 = self.gates[u](h_BD).unflatten(1, (-1, 2))
+        return h_BD, closed_open_BG2[:, :, 1] - closed_open_BG2[:, :, 0]
 
     def deployed(self) -> DeployedGates:
         """The same decisions from fewer operations, weights as they are now."""
@@ -265,13 +264,7 @@ class GateRouter(Router):
         The arg-max of two Gumbel-perturbed logits is the sign of their difference plus logistic noise.
         """
         uniform = torch.rand_like(logits_BG).clamp(1e-6, 1 - 1e-6)
-        noisy_BG = logits_BG + self.noise * uniform.logit()
-        if self.options.gradient == "reinmax":
-            open_BG, keep_BG = logits_BG.detach().sigmoid(), (noisy_BG.detach() > 0).float()
-            slope_BG = 0.5 * (keep_BG * (1 - open_BG) + (1 - keep_BG) * open_BG)
-            slope = slope_BG * logits_BG
-            return keep_BG + (slope - slope.detach())
-        soft = torch.sigmoid(noisy_BG / self.options.temperature)
+        soft = torch.sigmoid((logits_BG + self.noise * uniform.logit()) / self.options.temperature)
         return (soft > 0.5).float() + (soft - soft.detach())  # in this order the sum is exactly 0 or 1
 
 
@@ -329,7 +322,6 @@ def phases(net: Net, options: DmnnOptions) -> Iterator[Phase]:
         options.epochs,
         ("backbone", "router"),
         loss,
-        router_lr=options.gate_adam or None,
         router_scale=options.gate_lr,
         router_decay=options.gate_decay,
         schedule=lambda done: cool(router, done, options.cooling),

@@ -79,9 +79,10 @@ class WholeNet(Unit):
     def _logits(self, image_BCHW: Tensor) -> Tensor:
         """The masked run at the fixed width."""
         x_BCHW = self.net.stem(image_BCHW)
-        for unit, keep in zip(self.net.routable, self.keeps, strict=True):
-            keep_G = torch.tensor(keep, dtype=torch.float32, device=x_BCHW.device)
-            x_BCHW = unit(x_BCHW, keep_G.expand(len(x_BCHW), -1))
+        keeps = [torch.tensor(keep, dtype=torch.float32, device=x_BCHW.device) for keep in self.keeps]
+        keeps = [keep_G.expand(len(x_BCHW), -1) for keep_G in keeps]
+        for unit, keep_BG in zip(self.net.routable, keeps, strict=True):
+            x_BCHW = unit(x_BCHW, keep_BG) if unit.reads is None else unit(x_BCHW, keep_BG, keeps[unit.reads])
         logits_BK: Tensor = self.net.head(x_BCHW)
         return logits_BK
 

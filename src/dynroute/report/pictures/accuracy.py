@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynroute.report import papers, recipes
+from dynroute.report.controls import Point, frontier
 from dynroute.report.pictures.style import SHARE_AXIS, Look, Picture, finish, looks, panels, series_name, shortened
 from dynroute.report.read import Row
 from dynroute.report.tables import PLACE, STATIC, chord, pool
@@ -32,8 +33,8 @@ FLOPS_WORDS = (
 PAPER_WORDS = " Hollow: as reported in the papers for the same backbone and dataset, not run here."
 TIME_WORDS = (
     "Accuracy against latency",
-    "Median milliseconds an image, each net in its fastest form, on the machine, batch size and threads over each panel. "
-    "Dashed: straight lines between static nets.",
+    "Mean milliseconds an image, each net in its fastest form, on the machine, batch size and threads over each panel. "
+    "Dashed: straight lines between static nets that no faster one matches.",
 )
 
 
@@ -213,9 +214,10 @@ def _flops_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
 
 
 def _time_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
-    ax.set_xlabel("latency, ms an image (median)")
-    static = part[part["method"] == STATIC].sort_values("latency_ms")
-    _chord(ax, list(static["latency_ms"] / 100), list(static["top1"]))
+    ax.set_xlabel("latency, ms an image (mean)")
+    static = part.loc[part["method"] == STATIC, ["latency_ms", "top1"]]
+    best = frontier([Point(ms, top1, {}) for ms, top1 in static.itertuples(index=False)])
+    _chord(ax, [point.cost / 100 for point in best], [point.top1 for point in best])
     for series, rows in part.groupby("series"):
         name, rows = str(series), rows.sort_values("latency_ms")
         ax.plot(rows["latency_ms"], 100 * rows["top1"], **_edges(styles[name], name), **styles[name].options())

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_CLASSES = 20  # rows of a heat map where there are no superclasses
+MOST_PARTS = 64  # columns of a heat map; above it a unit's parts are one column
 RATE_WORDS = (
-    "Which units run for which classes",
-    "Mean of the parts kept, over the test images of each superclass (of each class where there are none); "
-    "1: all parts run for all of these images. Units from input to output.",
+    "Which parts run for which classes",
+    "How many of the test images of each superclass (of each class where there are none) run each part of each unit (in nets of "
+    f"more than {MOST_PARTS} parts: the mean of a unit's); 1: all of them. Units from input to output.",
 )
 ROUTE_WORDS = (
     "The routes of three images",
@@ -33,19 +34,21 @@ def drawable_rates(routed: Routed) -> bool:
 
 
 def rates(routed: Routed) -> pd.DataFrame:
-    """Long table of the heat map: group, unit, rate."""
+    """Long table of the heat map: group, unit, part (empty where a unit's parts are one column), rate."""
     column, names = ("superclass", routed.superclasses) if "superclass" in routed.images else ("label", routed.classes)
     wide = routed.rate_by(column)
     setting = {"run": routed.label, "flops_target": routed.row["flops_target"], "by": column.replace("label", "class")}
-    table = wide.rename_axis(index="number").reset_index().melt("number", var_name="unit", value_name="rate")
-    table = table.sort_values(["number", "unit"], ignore_index=True).assign(**setting)
+    table = wide.rename_axis(index="number").melt(ignore_index=False, value_name="rate").reset_index()
+    if sum(routed.parts) > MOST_PARTS:
+        table = table.groupby(["unit", "number"], as_index=False)["rate"].mean().assign(part=None)
+    table = table.sort_values(["number", "unit", "part"], ignore_index=True).assign(**setting)
     table["group"] = [names.get(number, f"{setting['by']} {number}") for number in table["number"]]
     table["unit_name"] = [routed.units[unit] for unit in table["unit"]]
-    return table[["run", "flops_target", "by", "number", "group", "unit", "unit_name", "rate"]]
+    return table[["run", "flops_target", "by", "number", "group", "unit", "unit_name", "part", "rate"]]
 
 
 def execution_rates(runs: Sequence[Routed], out: Path) -> Picture:
-    """Fig. 7 of DMNN: execution rate of each unit for each superclass, as a heat map."""
+    """Fig. 7 of DMNN: execution rate of each sub-block for each superclass, as a heat map."""
     import pandas as pd
 
     tables = [rates(routed) for routed in runs]
@@ -55,15 +58,20 @@ def execution_rates(runs: Sequence[Routed], out: Path) -> Picture:
         ax.set_title(title)
         _heat(ax, table, routed)
     colours = axes[0].collections[0]
-    figure.colorbar(colours, ax=axes, label="part of the unit that runs", fraction=0.04, aspect=30)
+    figure.colorbar(colours, ax=axes, label="share of the images that run it", fraction=0.04, aspect=30)
     return finish(figure, pd.concat(tables, ignore_index=True), "execution_rates", RATE_WORDS, out)
 
 
 def _heat(ax: Axes, table: pd.DataFrame, routed: Routed) -> None:
-    wide = table.pivot(index="number", columns="unit", values="rate")
+    wide = table.assign(part=table["part"].fillna(0)).pivot(index="number", columns=["unit", "part"], values="rate")
     names = table.drop_duplicates("number").sort_values("number")["group"]
-    rule = 0.4 if len(routed.units) <= MOST_CLASSES else 0
-    ax.pcolormesh(wide.to_numpy(), cmap=RATES, vmin=0, vmax=1, edgecolors="white" if rule else "none", linewidth=rule)
+    widths = wide.columns.get_level_values("unit").value_counts().sort_index()
+    # a unit is as wide as any other, its parts share that
+    edges = [u + g / width for u, width in enumerate(widths) for g in range(width)] + [len(widths)]
+    ax.pcolormesh(edges, range(len(wide) + 1), wide.to_numpy(), cmap=RATES, vmin=0, vmax=1)
+    if len(routed.units) <= MOST_CLASSES:
+        ax.vlines(range(len(widths) + 1), 0, len(wide), color="white", linewidth=1.5)
+        ax.hlines(range(len(wide)), 0, len(widths), color="white", linewidth=0.4)
     ax.set_yticks([y + 0.5 for y in range(len(wide))], shortened(list(names), 22), fontsize=8 if len(wide) < 30 else 6)
     ax.invert_yaxis()
     _unit_axis(ax, routed)
