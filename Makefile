@@ -263,6 +263,8 @@ table: .venv/ready
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_longer_comparison/table.md cifar100_longer
 	$(BIN)/dynroute compare experiments/results/cifar100/from_dense --out experiments/results/cifar100_from_dense_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_from_dense_comparison/table.md from_dense
+	$(BIN)/dynroute compare experiments/results/cifar100/width32 --out experiments/results/cifar100_width32_comparison
+	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/cifar100_width32_comparison/table.md width32
 	$(BIN)/dynroute compare experiments/results/weight --out experiments/results/weight_comparison
 	$(BIN)/python experiments/readme_table.py docs/results.md experiments/results/weight_comparison/table.md weight rows
 	$(BIN)/python experiments/readme_table.py docs/performance.md benchmarks/results/skipping.csv skipping

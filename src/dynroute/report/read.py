@@ -184,7 +184,7 @@ def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOu
         same = key in kept and _numbers(kept[key][1]) == _numbers(row)
         if same and kept[key][1]["routes_file"] and not row["routes_file"]:
             continue
-        if key in kept and kept[key][1]["epochs"] > row["epochs"]:
+        if key in kept and (kept[key][1]["epochs"] or 0) > (row["epochs"] or 0):
             repeats[LeftOut(_shown(file), f"stopped early: {_shown(kept[key][0])} is the same for more epochs")] = None
             continue
         if key in kept and not same:

@@ -74,7 +74,7 @@ class RnpOptions:
     alpha: float = 0.0
     """Scale of the classification loss in the reward; 0: so that its mean is 1 (the paper), measured on the train split."""
     baseline: bool = False
-    """Reward the loss beyond the teacher's own on that image (needs optim.teacher). Ours."""
+    """Reward the loss beyond the teacher's own on that image; without a teacher the loss itself. Ours."""
     gamma: float = 1.0
     """Discount of Q-learning (authors' code: 1)."""
     trace: float = 0.0
