@@ -32,7 +32,6 @@ CIFAR10_GPU := dense static_25 static_40 static_60 dense16 cascade widths rnr
 CIFAR100_SMALL := dense static_25 static_50 static_60 static_70 static_paths aig_50 aig_60 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 CIFAR100_LONGER := dense static_70 dmnn_70
 CIFAR100_FROM_DENSE := dense static_70 dmnn_70 dmnn_70_budget
-CIFAR100_WIDTH32 := start dense static_25 static_50 static_70 aig_50 aig_70 dmnn_50 dmnn_60 dmnn_70 cascade
 WIDE := rnr64 dmnn64 static64_50
 EPOCHS ?= 60
 CATS_OVER_SHIPS := --hard 3,5 --easy 1,8
@@ -218,9 +217,12 @@ cifar100_from_dense: .venv/ready
 	$(call rows,cifar100/from_dense,$(CIFAR100_FROM_DENSE),0.7)
 	@$(MAKE) table
 
-# On a net of twice the width, whose halves of blocks are wide enough to be worth switching.
+# On a net of twice the width, whose halves of blocks are wide enough to be worth switching; gated nets at the target they had.
 cifar100_width32: .venv/ready
-	$(call rows,cifar100/width32,$(CIFAR100_WIDTH32),0.5 0.6 0.7)
+	$(call rows,cifar100/width32,start dense static_25 static_50 static_70 cascade,0.5 0.6 0.7)
+	$(call rows,cifar100/width32,dmnn_50 aig_50,0.5)
+	$(call rows,cifar100/width32,dmnn_60,0.6)
+	$(call rows,cifar100/width32,dmnn_70 aig_70,0.7)
 	@$(MAKE) table
 
 # The table at its trained points, stopped and resumed as you like, row by row and epoch by epoch. Sized for 30 minutes of one
