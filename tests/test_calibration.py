@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dynroute.calibration import (
@@ -65,6 +65,7 @@ def test_prices_against_the_order_are_left_out() -> None:
     st.lists(st.tuples(st.floats(-5, 5), st.floats(0.05, 1.1)), min_size=1, max_size=25),
     st.lists(st.floats(0.01, 1.0), min_size=2, max_size=12),
 )
+@example([(0.0, 0.05), (-1.0, 0.05000000000000001)], [1.0, 0.25])
 def test_a_higher_target_never_expects_less(rows: list[tuple[float, float]], targets: list[float]) -> None:
     made = calibration(rows)
     fits = [made.fit(target) for target in sorted(targets)]

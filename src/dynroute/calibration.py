@@ -78,7 +78,9 @@ class Calibration:
         if target in self.searched:
             return self.searched[target]
         chain = self.chain()
-        near = min(chain, key=lambda point: (abs(point.share - target), abs(point.price)))
+        near = min(
+            chain, key=lambda point: (round(abs(point.share - target), 12), abs(point.price))
+        )  # less rounding errors
         place = bisect.bisect([point.share for point in chain], target)
         if abs(near.share - target) <= EXACT or place in (0, len(chain)):
             return self._expected(Setting(near.price), near, near, 0.0)
