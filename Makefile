@@ -20,7 +20,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 DATA ?= data
 CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable cascade_25_100 widths rnr multipath dmnn dmnn_flops rnp
-CIFAR10_LONG := static28_40 static28_60 static56_60 rnr28 rnr56 rnr36x4 rnr28_40 rnr_40 rnr_50 rnr_60 rnr_80 rnr61_80 dmnn_any
+CIFAR10_LONG := static28_25 static28_40 static28_60 static28_80 dense28 static56_60 cascade28 rnr28 rnr56 rnr36x4 rnr28_40 rnr_40 rnr_50 rnr_60 rnr_80 rnr61_80 dmnn_any
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
 CONV4 := start rnp rnp_joint rnp_paper_02 rnp_paper_05 rnp_paper_10 rnp_paper_20 vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100
@@ -219,7 +219,7 @@ cifar100_from_dense: .venv/ready
 
 # On a net of twice the width, whose halves of blocks are wide enough to be worth switching; gated nets at the target they had.
 cifar100_width32: .venv/ready
-	$(call rows,cifar100/width32,start dense static_25 static_50 static_70 cascade,0.5 0.6 0.7)
+	$(call rows,cifar100/width32,start dense static_25 static_50 static_70 cascade rnr,0.5 0.6 0.7)
 	$(call rows,cifar100/width32,dmnn_50 aig_50,0.5)
 	$(call rows,cifar100/width32,dmnn_60,0.6)
 	$(call rows,cifar100/width32,dmnn_70 aig_70,0.7)
