@@ -76,6 +76,9 @@ format: .venv/ready
 	$(BIN)/ruff format src tests experiments benchmarks
 	$(BIN)/ruff check --fix src tests experiments benchmarks
 
+# $(call published,run,folder,name): the rows of a run, and which images they have right, for intervals over the same images.
+published = mkdir -p $(2)/right && cp $(1)/eval.csv $(2)/$(3).csv && cp $(1)/right.csv $(2)/right/$(3).csv
+
 # $(call rows,folder,names,targets,words): train with these words, evaluate and keep the CSV of each. A run resumes where it was
 # stopped; a finished one is only evaluated again. Routed runs are evaluated at the targets, beside their own routes shuffled;
 # one trained for a single budget at that, one for a single charge as it is, the slimmable net at its widths; what others start
@@ -93,7 +96,7 @@ define rows
     slimmable) $(BIN)/dynroute eval runs/$(1)/$$name $(foreach t,0.25 0.5 0.75 1,--flops-target $(t)) || test $$? -eq 3 ;; \
     *) $(BIN)/dynroute eval runs/$(1)/$$name ;; \
   esac && \
-  mkdir -p experiments/results/$(1) && cp runs/$(1)/$$name/eval.csv experiments/results/$(1)/$$name.csv || exit 1; \
+  $(call published,runs/$(1)/$$name,experiments/results/$(1),$$name) || exit 1; \
 done
 endef
 
@@ -116,7 +119,6 @@ cifar10_long: .venv/ready
 
 # ResNet-20 and ResNet-56 for long, three seeds: each row resumes where it was stopped. It needs a GPU.
 cifar10_gpu: .venv/ready
-	@mkdir -p experiments/results/cifar10_gpu
 	@for seed in 0 1 2; do for net in resnet20 resnet56; do for row in $(CIFAR10_GPU); do \
 	  at=runs/cifar10_gpu/$$net && run=$${net}_$$row-s$$seed && from=dense && \
 	  case $$row in \
@@ -134,33 +136,31 @@ cifar10_gpu: .venv/ready
 	      || test $$? -eq 3 ;; \
 	    *) $(BIN)/dynroute eval runs/cifar10_gpu/$$run ;; \
 	  esac && \
-	  cp runs/cifar10_gpu/$$run/eval.csv experiments/results/cifar10_gpu/$$run.csv || exit 1; \
+	  $(call published,runs/cifar10_gpu/$$run,experiments/results/cifar10_gpu,$$run) || exit 1; \
 	done; done; done
 	$(BIN)/dynroute compare experiments/results/cifar10_gpu --out experiments/results/cifar10_gpu_comparison
 
 # Each row as trained and, at one cost for all, by the dial at 0.7; a run resumes where it was stopped.
 ablation: .venv/ready
-	@mkdir -p experiments/results/ablation
 	@for name in $(ABLATION); do \
 	  $(BIN)/dynroute train -c experiments/ablation/$$name.yaml --seeds 0,1,2 --out runs/ablation/$$name --resume && \
 	  for run in $$name-s0 $$name-s1 $$name-s2; do \
 	    $(BIN)/dynroute eval runs/ablation/$$run --controls && \
 	    { $(BIN)/dynroute eval runs/ablation/$$run --flops-target 0.7 --controls || test $$? -eq 3; } && \
-	    cp runs/ablation/$$run/eval.csv experiments/results/ablation/$$run.csv || exit 1; \
+	    $(call published,runs/ablation/$$run,experiments/results/ablation,$$run) || exit 1; \
 	  done || exit 1; \
 	done
 	$(BIN)/dynroute compare experiments/results/ablation --out experiments/results/ablation_comparison
 
 # How much the resource loss of DMNN weighs: each as trained and, at one cost for all, by the dial at 0.7.
 weight: .venv/ready
-	@mkdir -p experiments/results/weight
 	@for weight in $(WEIGHTS); do \
 	  run=weight_$$weight && \
 	  $(BIN)/dynroute train -c experiments/ablation/dmnn_both.yaml name=$$run router.resource_weight=$$weight \
 	    --out runs/weight/$$run --resume && \
 	  $(BIN)/dynroute eval runs/weight/$$run --controls && \
 	  { $(BIN)/dynroute eval runs/weight/$$run --flops-target 0.7 --controls || test $$? -eq 3; } && \
-	  cp runs/weight/$$run/eval.csv experiments/results/weight/$$run.csv || exit 1; \
+	  $(call published,runs/weight/$$run,experiments/results/weight,$$run) || exit 1; \
 	done
 	@$(MAKE) table
 
@@ -183,8 +183,7 @@ pruned: .venv/ready
 	$(BIN)/dynroute train -c experiments/cifar10/given.yaml data.path=$(DATA) --out runs/cifar10/given --resume
 	$(BIN)/python experiments/prune.py runs/cifar10/given $(foreach s,0.4 0.6 0.8,--share $(s)) --by l1 --by taylor --by group \
 	  --epochs 8 --out runs/cifar10/pruned --resume
-	@mkdir -p experiments/results/cifar10
-	for run in runs/cifar10/pruned/prune_*; do cp $$run/eval.csv experiments/results/cifar10/$${run##*/}.csv || exit 1; done
+	@for run in runs/cifar10/pruned/prune_*; do $(call published,$$run,experiments/results/cifar10,$${run##*/}) || exit 1; done
 	@$(MAKE) table
 
 cifar100: .venv/ready

@@ -20,9 +20,10 @@ from dynroute.contracts import Batch
 from dynroute.controls import CONTROLS, most_common, random, shuffled
 from dynroute.evaluation import Evaluator
 from dynroute.measure import evaluate
-from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, read_eval, write_rows
+from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, read_eval, read_rows, write_rows
 from dynroute.report import compare, read
 from dynroute.report.cells import cells
+from dynroute.report.paired import answers
 from dynroute.skipping import FastNet
 from test_report import row, save
 from tiny import make_net, pictures
@@ -134,6 +135,14 @@ def test_eval_controls_on_the_command_line(routed: tuple[Path, Evaluator], capsy
     main(words)
     out = capsys.readouterr().out
     assert all(out.count(f" {name} ") == 2 for name in CONTROLS)
+    # which images each row has right, evaluated twice, stands once, and tells the same accuracy
+    found = answers(folder / "right.csv")
+    keys = [("test", f"{r['flops_target']:g}", "", "last", r["control"]) for r in rows]
+    assert len(read_rows(folder / "right.csv")) == len(found) and len({found[key].images for key in keys}) == 1
+    assert [found[key].right_N.mean() for key in keys] == pytest.approx([r["top1"] for r in rows], abs=1e-12)
+    own = [r for r in read_rows(folder / "routes.csv") if r["flops_target"] == "0.6"]
+    bits = [int(r["label"] == r["predicted"]) for r in sorted(own, key=lambda r: int(r["index"]))]
+    assert found["test", "0.6", "", "last", ""].right_N.tolist() == bits
 
 
 def test_a_static_run_has_nothing_to_shuffle(runs: dict[str, Path], capsys: Capture) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dynroute.contracts import InputError
-from dynroute.records import read_rows, write_rows
+from dynroute.records import read_rows, right_of, right_text, write_rows
 from dynroute.report import compare
 from dynroute.report.cells import control_cells
 from dynroute.report.paired import Answers, answers, over_seeds, paired, unpaired
@@ -16,7 +17,7 @@ from test_report import row, save
 
 
 def images(bits: str) -> Answers:
-    return Answers(f"first {len(bits)}".encode(), np.array([float(bit) for bit in bits]))
+    return Answers(f"first {len(bits)}", np.array([float(bit) for bit in bits]))
 
 
 def test_the_paired_interval_is_that_of_mcnemar() -> None:
@@ -45,35 +46,53 @@ def test_seeds_are_meaned_image_by_image() -> None:
     assert over_seeds([images("11"), images("111")]) is None
 
 
-PLAIN = {"loss": 0.5, "macs": 1000, "route": "1/0"}  # of no matter here
+def right(folder: Path, target: str, bits: str, most: str = "", checkpoint: str = "last", control: str = "") -> None:
+    """Add a row to a right.csv: which images are right."""
+    file = folder / "right.csv"
+    setting = {"split": "test", "flops_target": target, "flops_max": most, "checkpoint": checkpoint, "control": control}
+    told = {"n": len(bits), "images": f"first {len(bits)}", "right": right_text(bit == "1" for bit in bits)}
+    old = read_rows(file) if file.exists() else []
+    write_rows(file, [*(r for r in old if any(r[k] != v for k, v in setting.items())), {**setting, **told}])
 
 
-def routes(folder: Path, target: str, bits: str, first: int = 0) -> None:
-    """A routes.csv whose images are right where the bit is 1; written last image first."""
-    setting = {"split": "test", "flops_target": target, "checkpoint": "last"}
-    rows = [{**setting, "index": first + i, "label": 0, "predicted": 1 - int(b), **PLAIN} for i, b in enumerate(bits)]
-    write_rows(folder / "routes.csv", rows[::-1])
+@pytest.mark.parametrize("bits", ["1", "0", "0000", "1101", "00001", "110100111"])
+def test_right_answers_come_back_as_they_were_written(bits: str) -> None:
+    text = right_text(bit == "1" for bit in bits)
+    assert "".join(map(str, right_of(text, len(bits)))) == bits and len(text) == -(-len(bits) // 4)
+    assert right_text(bit == "1" for bit in "00011000") == "18"
+    with pytest.raises(ValueError, match="digits for"):
+        right_of(text, len(bits) + 4)
 
 
-def test_answers_are_read_by_target_in_the_order_of_the_images(tmp_path: Path) -> None:
-    routes(tmp_path, "0.5", "1101")
-    text = (tmp_path / "routes.csv").read_text()
-    (tmp_path / "routes.csv").write_text(text + text.split("\n", 1)[1].replace("0.5", "").replace("last,3", "best,3"))
-    found = answers(tmp_path / "routes.csv")
-    assert found["test", "0.5", "", "last"].right_N.tolist() == [1, 1, 0, 1]
-    assert found["test", "", "", "last"].right_N.tolist() == [1, 1, 0]  # image 3 is of another checkpoint
-    assert found["test", "", "", "best"].right_N.tolist() == [1]
+def test_answers_are_read_by_setting_and_control(tmp_path: Path) -> None:
+    right(tmp_path, "0.5", "1101")
+    right(tmp_path, "", "110", checkpoint="best")
+    right(tmp_path, "0.5", "1000", control="shuffled")
+    found = answers(tmp_path / "right.csv")
+    assert found["test", "0.5", "", "last", ""].right_N.tolist() == [1, 1, 0, 1]
+    assert found["test", "", "", "best", ""].right_N.tolist() == [1, 1, 0]
+    assert found["test", "0.5", "", "last", "shuffled"].right_N.tolist() == [1, 0, 0, 0]
 
 
 def test_limited_and_best_rows_are_paired_with_images_of_their_own(tmp_path: Path) -> None:
     static = row(0.5, 0.5, run="st", method="static", config_hash="st")
     own = [row(0.5, 0.75, run="d"), row(0.5, 0.5, run="d", flops_max=0.7), row(0.5, 0.25, run="d", checkpoint="best")]
     paths = save(tmp_path, static, *own)
-    routes(tmp_path / "st", "", "1100")
+    right(tmp_path / "st", "", "1100")
+    setting = {"split": "test", "flops_target": "", "flops_max": "", "checkpoint": "last"}
     lines = []
     for most, checkpoint, bits in (("", "last", "1101"), ("0.7", "last", "1001"), ("", "best", "1000")):
-        setting = {"split": "test", "flops_target": "", "flops_max": most, "checkpoint": checkpoint}
-        lines += [{**setting, "index": i, "label": 0, "predicted": 1 - int(b), **PLAIN} for i, b in enumerate(bits)]
+        right(tmp_path / "d", "", bits, most, checkpoint)
+        of = {
+            **setting,
+            "flops_max": most,
+            "checkpoint": checkpoint,
+            "label": 0,
+            "loss": 0.5,
+            "macs": 9,
+            "route": "1/0",
+        }
+        lines += [{**of, "index": i, "predicted": 1 - int(bit)} for i, bit in enumerate(bits)]
     write_rows(tmp_path / "d" / "routes.csv", lines)
     made = compare(paths, tmp_path / "out")
     found = made.controls[made.controls["control"] == "static, narrower"]
@@ -85,14 +104,28 @@ def test_limited_and_best_rows_are_paired_with_images_of_their_own(tmp_path: Pat
 
 def test_a_control_is_paired_with_its_row_by_its_own_answers(tmp_path: Path) -> None:
     paths = save(tmp_path, row(0.5, 0.75, run="d"), row(0.5, 0.5, run="d", control="shuffled"))
-    routes(tmp_path / "d", "", "1101")
-    setting = {"split": "test", "flops_target": "", "flops_max": "", "checkpoint": "last", "control": "shuffled"}
-    answered = [{**setting, "index": i, "label": 0, "predicted": 1 - int(b)} for i, b in enumerate("1100")]
-    write_rows(tmp_path / "d" / "control_answers.csv", answered)
+    right(tmp_path / "d", "", "1101")
+    right(tmp_path / "d", "", "1100", control="shuffled")
     (line,) = compare(paths, tmp_path / "out").controls.to_dict("records")
     half = 195.9964 * (1 / 4 - 1 / 16) ** 0.5 / 2
     assert (line["interval"], line["difference"]) == ("paired", pytest.approx(25))
     assert line["low"] == pytest.approx(25 - half)
+
+
+def test_copied_rows_are_paired_by_what_lies_beside_them(tmp_path: Path) -> None:
+    for made in (row(0.5, 0.5, run="st", method="static", config_hash="st"), row(0.5, 0.75, run="d")):
+        (run,) = save(tmp_path / "runs", made)
+        right(run, "", "1100" if made.run == "st" else "1101")
+        for file, copy in (("eval.csv", tmp_path / "csv"), ("right.csv", tmp_path / "csv" / "right")):
+            copy.mkdir(parents=True, exist_ok=True)
+            shutil.copy(run / file, copy / f"{made.run}.csv")
+    found = compare([tmp_path / "csv"], tmp_path / "out")
+    assert list(found.controls["interval"]) == ["paired"] and found.left_out == []
+    shutil.copy(tmp_path / "csv" / "right" / "st.csv", tmp_path / "csv" / "right" / "d.csv")
+    again = compare([tmp_path / "csv"], tmp_path / "out")
+    assert list(again.controls["interval"]) == ["independent"]
+    (said,) = again.left_out
+    assert said.path == tmp_path / "csv" / "right" / "d.csv" and "whose top-1 is another" in said.reason
 
 
 def test_a_control_of_other_seeds_than_its_row_is_named_and_not_compared(tmp_path: Path) -> None:
@@ -104,28 +137,32 @@ def test_a_control_of_other_seeds_than_its_row_is_named_and_not_compared(tmp_pat
     assert "shuffled control is of seeds 1, the row of 0 1" in said.reason
 
 
+HEAD = "split,flops_target,flops_max,checkpoint,control,n,images,right\n"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("x,y\n1,2\n", "lacks the columns split"),
+        ("x,y\n1,2\n", "not a table of right answers .KeyError"),
         ("", "half-written"),
-        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,", "half-written"),
-        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1\n", "do not fit its header"),
-        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,cat\n", "not a table of images"),
-        ("split,flops_target,checkpoint,index,label,predicted\ntest,0.5,last,0,1,1,7,8\n", "do not fit its header"),
+        (f"{HEAD}test,0.5,,last,,4,first 4,", "half-written"),
+        (f"{HEAD}test,0.5,,last,,4\n", "do not fit its header"),
+        (f"{HEAD}test,0.5,,last,,4,first 4,x\n", "not a table of right answers"),
+        (f"{HEAD}test,0.5,,last,,4,first 4,ff\n", "2 digits for 4 images"),
+        (f"{HEAD}test,0.5,,last,,four,first 4,f\n", "not a table of right answers"),
     ],
 )
-def test_a_broken_routes_file_is_an_input_error(tmp_path: Path, content: str, said: str) -> None:
-    (tmp_path / "routes.csv").write_text(content)
+def test_a_broken_table_of_answers_is_an_input_error(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "right.csv").write_text(content)
     with pytest.raises(InputError, match=said):
-        answers(tmp_path / "routes.csv")
+        answers(tmp_path / "right.csv")
 
 
 def test_a_routed_row_stands_between_its_static_neighbours(tmp_path: Path) -> None:
     static = [row(s, t, run=f"st{s}", method="static", config_hash=f"st{s}") for s, t in ((0.4, 0.5), (0.6, 0.75))]
     paths = save(tmp_path, *static, row(0.5, 0.75, run="d", flops_target=0.5))
     for name, target, bits in (("st0.4", "", "1100"), ("st0.6", "", "1110"), ("d", "0.5", "1101")):
-        routes(tmp_path / name, target, bits)
+        right(tmp_path / name, target, bits)
     made = compare(paths, tmp_path / "out")
     (line,) = [r for r in made.table.to_dict("records") if r["method"] == "dmnn"]
     terms = [0.0, 0.0, -0.5, 1.0]  # right less the mean of both neighbours
@@ -133,14 +170,14 @@ def test_a_routed_row_stands_between_its_static_neighbours(tmp_path: Path) -> No
     assert line["vs_static"] == pytest.approx(12.5)
     assert (line["vs_static_low"], line["vs_static_high"]) == pytest.approx((12.5 - half, 12.5 + half), abs=1e-2)
     assert list(made.controls["interval"]) == ["paired"] and made.left_out == []
-    routes(tmp_path / "d", "0.5", "1101", first=7)
+    right(tmp_path / "d", "0.5", "11011101")
     assert list(compare(paths, tmp_path / "out").controls["interval"]) == ["independent"]  # other images
-    (tmp_path / "d" / "routes.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "d" / "right.csv").write_text("x,y\n1,2\n")
     again = compare(paths, tmp_path / "out")
     assert list(again.controls["interval"]) == ["independent"]
     (said,) = again.left_out
-    assert said.path == tmp_path / "d" / "routes.csv" and "lacks the columns" in said.reason
-    assert "routes.csv" in (tmp_path / "out" / "index.html").read_text()
+    assert said.path == tmp_path / "d" / "right.csv" and "not a table of right answers" in said.reason
+    assert str(said.path) in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_three_seeds_are_paired_by_their_mean(tmp_path: Path) -> None:
@@ -149,7 +186,7 @@ def test_three_seeds_are_paired_by_their_mean(tmp_path: Path) -> None:
     for name, target, bits in (
         ("st", "", "1100"), ("d-s0", "0.5", "1100"), ("d-s1", "0.5", "1110"), ("d-s2", "0.5", "1111"),
     ):  # fmt: skip
-        routes(tmp_path / name, target, bits)
+        right(tmp_path / name, target, bits)
     made = compare(paths, tmp_path / "out")
     (line,) = made.controls.to_dict("records")
     assert (line["difference"], line["interval"], line["n_seeds"]) == (pytest.approx(25), "paired", 3)

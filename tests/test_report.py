@@ -19,7 +19,7 @@ from rich.console import Console
 
 from conftest import tree
 from dynroute.contracts import InputError
-from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, write_rows
+from dynroute.records import EVAL_COLUMNS, EvalRow, as_dict, merge_eval, right_text, write_rows
 from dynroute.report import Comparison, compare, read, to_rich
 from dynroute.report.cells import (
     MACS,
@@ -418,7 +418,7 @@ def test_two_hundred_runs_of_three_seeds_in_twenty_seconds(tmp_path: Path) -> No
     draw = random.Random(0)
     for i, seed in itertools.product(range(200), range(3)):
         method = ("static", "rnp", "rnr", "dmnn", "aig")[i % 5]
-        rows, images = [], []
+        rows, images, answers = [], [], []
         for target in (None,) if method == "static" else (0.3, 0.6):
             right = [draw.random() < 0.8 for _ in range(1000)]
             name, share = f"{method}{i}-s{seed}", target or (i + 5) / 210
@@ -431,8 +431,11 @@ def test_two_hundred_runs_of_three_seeds_in_twenty_seconds(tmp_path: Path) -> No
             images += [
                 {**setting, "index": k, "label": 1, "predicted": int(hit), **route} for k, hit in enumerate(right)
             ]
+            told = {"flops_max": "", "control": "", "n": 1000, "images": "all", "right": right_text(right)}
+            answers.append({**setting, **told})
         write_rows(tmp_path / "runs" / rows[0].run / "eval.csv", map(as_dict, rows), EVAL_COLUMNS)
         write_rows(tmp_path / "runs" / rows[0].run / "routes.csv", images)
+        write_rows(tmp_path / "runs" / rows[0].run / "right.csv", answers)
     start = time.process_time()
     made = compare([tmp_path / "runs"], tmp_path / "out")
     assert time.process_time() - start < 20

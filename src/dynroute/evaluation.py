@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,9 @@ from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.net import RoutedNet
 from dynroute.provenance import bench_labels, commit, machine
 from dynroute.records import (
-    ANSWERS_FILE,
     BENCH_FILE,
     EVAL_FILE,
+    RIGHT_FILE,
     ROUTES_FILE,
     BenchRow,
     EvalRow,
@@ -56,6 +57,7 @@ from dynroute.records import (
     merge_eval,
     nearest,
     read_rows,
+    right_text,
     route_text,
     write_rows,
 )
@@ -217,12 +219,11 @@ class Evaluator:
         """The rows of CONTROLS made from an evaluation's own routes on the same images; none where all took one route.
 
         shuffled and random keep the router's multiply-adds and so stand at the routed row's cost; most_common is a static
-        net, which needs no router and is not charged for one. Writes the rows into eval.csv, and what each image was taken
-        for into control_answers.csv.
+        net, which needs no router and is not charged for one. Writes the rows into eval.csv, and which images they have
+        right into right.csv.
         """
         routes_NUG, routed = result.scores.keep_NUG, result.row
         made: list[Result] = []
-        answered: list[dict[str, Any]] = []
         for name, control in CONTROLS.items() if routed.routes > 1 else ():
             given = control.routes(routes_NUG, self.config.top.seed)
             scores = evaluate(self.net, self._split(routed.split)[1], routes_NUG=given)
@@ -234,9 +235,7 @@ class Evaluator:
                 row.params = sum(p.numel() for p in self.net.backbone.parameters())
             merge_eval(self.folder / EVAL_FILE, row)
             made.append(Result(row, None, False, scores))
-            answered += [{"control": name, **line} for line in _lines(_answers(scores))]
-        if answered:
-            self._replace(ANSWERS_FILE, self._setting(routed.split, routed.flops_target), answered)
+            self._write_right(scores, routed.split, routed.flops_target, name)
         return made
 
     def fitted(self, target: float) -> Fit:
@@ -299,14 +298,32 @@ class Evaluator:
         """One line an image: what it is, what was predicted, what it cost, which parts ran (units between slashes)."""
         setting = self._setting(split, target)
         parts = [spec.parts for spec in self.net.backbone.specs]
-        routes = [route_text(keep_UG, parts) for keep_UG in scores.keep_NUG.tolist()]
-        columns = _answers(scores) | {"loss": scores.loss_N.tolist(), "macs": scores.macs_N.tolist(), "route": routes}
+        columns: dict[str, list[Any]] = {
+            "index": scores.index_N.tolist(),
+            "label": scores.label_N.tolist(),
+            "predicted": scores.predicted_N.tolist(),
+            "loss": scores.loss_N.tolist(),
+            "macs": scores.macs_N.tolist(),
+            "route": [route_text(keep_UG, parts) for keep_UG in scores.keep_NUG.tolist()],
+        }
         for name in ("superclasses", "difficulty"):
             if getattr(part, name) is not None:
                 columns[name.removesuffix("es")] = getattr(part, name)[scores.index_N].tolist()
         self._replace(ROUTES_FILE, setting, _lines(columns))
+        self._write_right(scores, split, target)
         write_names(self.folder, self.data.spec, self.net.backbone.specs)
         write_images(self.folder, setting, scores, part, self.data.spec)
+
+    def _write_right(self, scores: Scores, split: str, target: float | None, control: str = "") -> None:
+        """One line a setting and control: which of its images the row has right, so that rows can be compared image by image."""
+        order_N = scores.index_N.argsort(stable=True)
+        seen_N2 = torch.stack([scores.index_N[order_N], scores.label_N[order_N]], 1)
+        line = {
+            "n": len(order_N),
+            "images": hashlib.sha256(seen_N2.numpy().astype("<i8").tobytes()).hexdigest()[:16],
+            "right": right_text(scores.right_N[order_N].tolist()),
+        }
+        self._replace(RIGHT_FILE, self._setting(split, target) | {"control": control}, [line])
 
     def _setting(self, split: str, target: float | None) -> dict[str, str]:
         return image_setting(split, target, self.flops_max, self.checkpoint)
@@ -323,15 +340,6 @@ class Evaluator:
 def trained_in(rows: Sequence[Mapping[str, Any]]) -> str:
     """The precision that the rows of a train.csv name, both where a run went on in another; empty where they name none."""
     return "+".join(sorted({str(row["precision"]) for row in rows if row.get("precision")}))
-
-
-def _answers(scores: Scores) -> dict[str, list[Any]]:
-    """By column: which image, what it is, what it was taken for."""
-    return {
-        "index": scores.index_N.tolist(),
-        "label": scores.label_N.tolist(),
-        "predicted": scores.predicted_N.tolist(),
-    }
 
 
 def _lines(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-EVAL_FILE, TRAIN_FILE, ROUTES_FILE, ANSWERS_FILE = "eval.csv", "train.csv", "routes.csv", "control_answers.csv"
+EVAL_FILE, TRAIN_FILE, ROUTES_FILE, RIGHT_FILE = "eval.csv", "train.csv", "routes.csv", "right.csv"
 BENCH_FILE, BUDGET_FILE, FORMS_FILE = "bench.csv", "budget.json", "forms.json"
 CLASSES_FILE, UNITS_FILE, IMAGES_FILE, IMAGES_FOLDER = "classes.csv", "units.csv", "images.csv", "images"
 UNNAMED = ("npz", "folder")  # what a user's own data were called before they went by their names
@@ -203,6 +203,20 @@ def locked(folder: Path) -> Iterator[None]:
 def route_text(keep_UG: Sequence[Sequence[int]], parts_U: Sequence[int]) -> str:
     """A route as files have it: a 0 or 1 a part, units between slashes. keep_UG: padded; parts_U: how many are the unit's own."""
     return "/".join("".join(map(str, keep[:parts])) for keep, parts in zip(keep_UG, parts_U, strict=True))
+
+
+def right_text(right: Iterable[bool]) -> str:
+    """Which images were answered rightly, as right.csv has it: four images a hexadecimal digit, the first in its highest bit."""
+    bits = "".join("1" if each else "0" for each in right)
+    bits += "0" * (-len(bits) % 4)
+    return f"{int(bits, 2):0{len(bits) // 4}x}" if bits else ""
+
+
+def right_of(text: str, images: int) -> list[int]:
+    """0 or 1 for each image, from `right_text`. Raises ValueError where it is not of so many images."""
+    if images < 1 or len(text) != -(-images // 4):
+        raise ValueError(f"{len(text)} digits for {images} images")
+    return [int(bit) for bit in f"{int(text, 16):0{4 * len(text)}b}"[:images]]
 
 
 def write_text(path: Path, text: str) -> None:

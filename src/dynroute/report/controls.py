@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynroute.contracts import InputError
-from dynroute.records import ANSWERS_FILE
 from dynroute.report.images import setting_of
 from dynroute.report.paired import Answers, Difference, answers, over_seeds, paired, unpaired
 from dynroute.report.read import LeftOut, Row, reason_of
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STATIC = "static"
+SAME_TOP1 = 1e-9  # accuracies that are one and the same, as written
 TOLERANCE = 0.02  # a target is reached when the share lies this near; so is a cost, of multiply-adds
 SAME = ("method", "backbone", "dataset", "identity", "flops_target")  # what a row and its own controls share
 FLOPS = "FLOPs"
@@ -82,8 +82,8 @@ def build(rows: Sequence[Row], left_out: list[LeftOut]) -> pd.DataFrame:
 
     basis: FLOPs, or milliseconds by a clock. cost: the row's own, as a share or in ms; relation: the control's cost beside
     it. difference: top-1 of the row less the control's, in points; low, high: 95 %; interval: paired (over the same test
-    images) or independent. beaten: the interval, or where there is none the difference, lies above zero. A table of
-    images that cannot be read is added to left_out.
+    images) or independent. beaten: the interval, or where there is none the difference, lies above zero. A right.csv
+    that cannot be read, or is of other rows, is added to left_out.
     """
     import pandas as pd
 
@@ -99,19 +99,20 @@ def build(rows: Sequence[Row], left_out: list[LeftOut]) -> pd.DataFrame:
 
 
 class Files:
-    """The answers in the runs' tables of images, each read once; what cannot be read is added to left_out."""
+    """The answers in the runs' right.csv, each read once; what cannot be read is added to left_out."""
 
     def __init__(self, left_out: list[LeftOut]) -> None:
         self.left_out, self.known = left_out, dict[str, dict[tuple[str, ...], Answers]]()
 
     def of(self, row: Row) -> Answers | None:
         """The answers of a row, as a mean over its seeds; None where they are not known."""
-        setting, files = setting_of(row), row["routes_files"]
-        if row["control"]:
-            setting = (*setting, row["control"])
-            beside = [Path(name).with_name(ANSWERS_FILE) if name else None for name in files]
-            files = [str(file) if file and file.exists() else "" for file in beside]
-        return over_seeds([self._read(name).get(setting) for name in files])
+        setting, files = (*setting_of(row), row["control"]), row["right_files"]
+        found = over_seeds([self._read(name).get(setting) for name in files])
+        if found and abs(float(found.right_N.mean()) - row["top1"]) > SAME_TOP1:
+            said = LeftOut(Path(files[0]), "not of these rows, whose top-1 is another (no paired interval)")
+            self.left_out += [] if said in self.left_out else [said]
+            return None
+        return found
 
     def _read(self, name: str) -> dict[tuple[str, ...], Answers]:
         if name not in self.known:

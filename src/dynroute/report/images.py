@@ -1,4 +1,4 @@
-"""Tables with a row for each image of a run at a setting: routes.csv, and the answers of its controls."""
+"""A table with a row for each image of a run at a setting: routes.csv."""
 
 from __future__ import annotations
 

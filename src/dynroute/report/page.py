@@ -40,9 +40,8 @@ CONTROL_NOTES = (
     "settles the matter: a cheaper one that is not beaten, or a dearer one that is.",
     "shuffled: the row's own routes handed to other images; random: drawn unit by unit at the same rates; both charged for the "
     "router. most_common: one route for all images, a static net.",
-    "interval, 95 %. paired: over the same test images (McNemar-type, normal), where "
-    "routes.csv (of a run's own controls: control_answers.csv) of all rows concerned are at hand; independent: from the numbers "
-    "of images alone, which is wider. It knows nothing of the spread over seeds.",
+    "interval, 95 %. paired: over the same test images (McNemar-type, normal), where right.csv of all rows concerned is at hand; "
+    "independent: from the numbers of images alone, which is wider. It knows nothing of the spread over seeds.",
 )
 PAPER_NOTES = (
     "certainty. seen: in the authors' own text, poster or code. second-hand: quoted by others. "

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynroute.records import SETTING
-from dynroute.report.images import read_images
+from dynroute.contracts import InputError
+from dynroute.records import SETTING, read_rows, right_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,9 +17,9 @@ Z95 = 1.959964  # of the normal distribution, two-sided
 
 
 class Answers(NamedTuple):
-    """Which test images were answered rightly. images: their indices and labels, as bytes; right_N: 0 or 1, or means of it."""
+    """Which test images were answered rightly. images: a digest of which they are; right_N: 0 or 1, or means of it."""
 
-    images: bytes
+    images: str
     right_N: np.ndarray[Any, Any]
 
 
@@ -69,19 +69,20 @@ def over_seeds(seeds: Sequence[Answers | None]) -> Answers | None:
 
 
 def answers(file: Path) -> dict[tuple[str, ...], Answers]:
-    """The images of a table of images by setting (see `records.SETTING`), and where it has controls by these too.
+    """What a right.csv holds, by setting (see `records.SETTING`) and control.
 
     Raises InputError on a missing, torn or foreign file.
     """
-    table = read_images(file, dict.fromkeys(("index", "label", "predicted"), "int64"), {"control": "str"})
-    keys = [*SETTING, *(("control",) if "control" in table else ())]
-    return {tuple(map(str, key)): _answers(part) for key, part in table.groupby(keys)}
+    import numpy as np
 
-
-def _answers(part: Any) -> Answers:
-    part = part.sort_values(["index", "label"], kind="stable")
-    right_N = (part["label"] == part["predicted"]).to_numpy(dtype="float64")
-    return Answers(part[["index", "label"]].to_numpy().tobytes(), right_N)
+    found = {}
+    for row in read_rows(file):
+        try:
+            right_N = np.array(right_of(row["right"], int(row["n"])), dtype=float)
+            found[(*(row[name] for name in SETTING), row["control"])] = Answers(row["images"], right_N)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{file} is not a table of right answers ({type(error).__name__}: {error})") from None
+    return found
 
 
 def _around(mean: float, error: float) -> Difference:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynroute.contracts import InputError
-from dynroute.records import ANSWERS_FILE, BENCH_FILE, EVAL_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
+from dynroute.records import BENCH_FILE, EVAL_FILE, RIGHT_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
 from dynroute.report.timing import of_row, read_times
 
 Row = dict[str, Any]
@@ -21,9 +21,19 @@ REPORT_FILE = "routes_report.csv"
 OWN_FILES = frozenset(
     {TABLE_FILE, CONTROLS_FILE, TIMES_FILE, PAPERS_FILE, REPORT_FILE}
 )  # --out may be a results folder
-RUN_FILES = frozenset({TRAIN_FILE, ROUTES_FILE, ANSWERS_FILE, BENCH_FILE})
+RUN_FILES = frozenset({TRAIN_FILE, ROUTES_FILE, RIGHT_FILE, BENCH_FILE})
+RIGHT_FOLDER = "right"  # beside CSVs that were copied out of runs: of each its right.csv, by its name
 NEEDED = ("top1", "macs_share")
-BESIDE = ("parts", "variant", "trained_for", "routes_file", "folder", "timed", "times")  # from files beside the rows
+BESIDE = (
+    "parts",
+    "variant",
+    "trained_for",
+    "routes_file",
+    "right_file",
+    "folder",
+    "timed",
+    "times",
+)  # from files beside the rows
 
 
 class LeftOut(NamedTuple):
@@ -118,7 +128,12 @@ def _test_rows(file: Path) -> list[Row]:
         raise InputError("no rows")
     told = _told(file.with_name(CONFIG_FILE))
     routes, is_run = file.with_name(ROUTES_FILE), file.name == EVAL_FILE
-    beside = {"routes_file": str(routes) if routes.exists() else "", "folder": str(file.parent) if is_run else ""}
+    right = file.with_name(RIGHT_FILE) if is_run else file.parent / RIGHT_FOLDER / file.name
+    beside = {
+        "routes_file": str(routes) if routes.exists() else "",
+        "right_file": str(right) if right.exists() else "",
+        "folder": str(file.parent) if is_run else "",
+    }
     return [{**row, **told, **beside} for row in tested]
 
 

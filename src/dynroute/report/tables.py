@@ -59,7 +59,7 @@ class Tables(NamedTuple):
 
 
 def build(rows: list[Row], left_out: list[LeftOut]) -> Tables:
-    """The tables of rows that `read` found, pooled over seeds. A routes.csv that cannot be read is added to left_out.
+    """The tables of rows that `read` found, pooled over seeds. A right.csv that cannot be read is added to left_out.
 
     Rows of the controls made from a line's own routes (column control) stand under it.
     top1_std: sample standard deviation over seeds, empty for one. reached: share within 0.02 of the target.
@@ -111,7 +111,7 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "n": part["n"].min(),
         "params": part["params"].max(),
         **{name: first[name] for name in ("parts", "variant", "trained_for", "flops_max", "checkpoint")},
-        "routes_files": list(part["routes_file"]),
+        "right_files": list(part["right_file"]),
         "reached": bool(abs(share - target) <= TOLERANCE + 1e-9) if asked else None,
         **_times(part),
         "seeds": _join(f"{seed:.0f}" for seed in sorted(part["seed"])),
