@@ -43,6 +43,16 @@ def test_every_row_is_built_and_counted(name: str, unit: str) -> None:
     assert float(cost(everything)) == backbone.dense_macs
 
 
+def test_what_is_no_unit_is_refused_among_the_units() -> None:
+    backbone = make_backbone("resnet8", "channels")
+    backbone.units.insert(1, nn.MaxPool2d(2))
+    with pytest.raises(InputError, match=r"units holds a MaxPool2d, which is no Unit"):
+        backbone.routable  # noqa: B018
+    backbone.units = nn.ModuleList()
+    with pytest.raises(InputError, match="units holds no unit"):
+        backbone.specs  # noqa: B018
+
+
 def test_the_dense_masked_run_executes_dense_macs() -> None:
     backbone = make_backbone("resnet8", "channels", shortcut="B").eval()
 

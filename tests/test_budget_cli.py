@@ -50,6 +50,8 @@ def test_a_run_is_evaluated_where_its_data_lie_now(runs: dict[str, Path], tmp_pa
     moved = ["--data", str(tmp_path / "there" / "yours.npz"), "--device", "cpu"]
     (row,) = evaluated(capsys, str(tmp_path / "run"), *moved)["rows"]
     assert (row["dataset"], row["n"]) == ("npz-mine", 12)
+    assert main(["eval", str(tmp_path / "run"), *moved]) == 0
+    assert "npz-yours stands in the rows as npz-mine, which the run was trained on" in capsys.readouterr().err
     arrays["train_labels"] = arrays["train_labels"] // 2
     arrays["test_labels"] = arrays["test_labels"] // 2
     np.savez(tmp_path / "mine.npz", **arrays)

@@ -65,6 +65,9 @@ def test_a_users_own_files_are_experiments_of_their_own() -> None:
     assert one.hash() == moved.hash() != other.hash()
     assert (one.data.label, one.name) == ("npz-x", "dmnn-resnet8-npz-x-s0")
     assert load_config(overrides=["data.name=folder", "data.path=my data/flowers.v2"]).data.label == "folder-flowers.v2"
+    places = [DataOptions("scans", path) for path in ("/a/old", "/b/new", None)]  # of another package
+    assert [options.label for options in places] == ["scans-old", "scans-new", "scans"]
+    assert DataOptions("imagenet", "/a/ILSVRC").label == "imagenet"
 
 
 def test_later_options_leave_hashes_as_they_were() -> None:

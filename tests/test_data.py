@@ -406,6 +406,9 @@ BAD_NPZ: list[tuple[dict[str, Any], str]] = [
     ({"train_labels": np.zeros(40)}, "train_labels must be integers, not float64"),
     ({"train_labels": np.zeros(40, np.int64)}, "one class only"),
     ({"train_labels": np.arange(40) % 4 - 1}, "train_labels has a negative value, -1"),
+    ({"train_labels": np.full(40, 2**63, np.uint64)}, "train_labels has a value above 2147483647"),
+    ({"train_labels": np.arange(40) % 4 + 10}, "train_labels goes up to 13 and has no image of class 0; count from 0"),
+    ({"class_names": np.array(["a", "b", "a", "c"])}, "class_names names two of them alike"),
     ({"train_labels": np.arange(40) * 1000}, "go up to 39000, with only 40 images"),
     ({"test_labels": np.full(12, 4)}, "test_labels goes up to 4, but there are only 4 classes"),
     ({"class_names": np.array(["a", "b"])}, "class_names has 2 names"),
@@ -442,7 +445,8 @@ def test_files_that_are_no_npz_archive_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError) as error:
             load_npz(tmp_path / name)
-        assert message(error).startswith(f"{tmp_path / name}: cannot read")
+        said = "cannot read" if name == "hurt.npz" else "not an .npz archive"
+        assert message(error).startswith(f"{tmp_path / name}: {said}")
     with pytest.raises(InputError, match="no such file"):
         load_npz(tmp_path / "nowhere.npz")
 
@@ -477,6 +481,16 @@ def test_folder_of_mixed_images_is_decoded_into_memory(tmp_path: Path) -> None:
         colours = split.images.float().mean(dim=(1, 2))
         assert torch.equal((colours[:, 0] > colours[:, 2]).long(), split.labels)
         assert ((colours.amax(dim=1) - 200).abs() < 4).all()
+
+
+def test_images_of_no_class_are_refused_and_hidden_ones_passed_over(tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    (root / "train" / "red" / "._0.png").write_bytes(b"left by another system")
+    (root / "train" / "red" / "more.png").mkdir()
+    assert len(load_folder(root).train) == 6
+    (root / "train" / "red" / "0.png").rename(root / "train" / "loose.png")
+    with pytest.raises(InputError, match=r"loose\.png: an image outside the class folders"):
+        load_folder(root)
 
 
 def test_folder_gray_and_16_bit_are_scaled_to_rgb(tmp_path: Path) -> None:

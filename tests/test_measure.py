@@ -52,6 +52,18 @@ def test_a_smooth_dial_meets_its_target(target: float) -> None:
     assert not setting.part or smooth(setting.other) - smooth(setting.price) <= CLOSE
 
 
+def test_a_share_that_falls_where_it_should_rise_hides_none_between() -> None:
+    """As of a limited net: at the lowest price the limit lowers more than at the next."""
+
+    def limited(price: float) -> float:
+        return 0.28 if price > 0.5 else 0.52 if price > 0.2 else 0.65 if price > 0.05 else 0.64
+
+    finder, asked = dial(limited, (0.0, 1.0))
+    fit = finder.find(0.55)
+    assert sorted((limited(fit.setting.price), limited(fit.setting.other))) == [0.52, 0.65]
+    assert fit.share == pytest.approx(0.55) and len(asked) == len(set(asked))
+
+
 @settings(deadline=None)
 @given(
     st.floats(0.1, 1),

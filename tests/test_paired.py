@@ -196,6 +196,15 @@ def test_three_seeds_are_paired_by_their_mean(tmp_path: Path) -> None:
     assert control_cells(made.controls)[0]["top-1 %"] == "75.00 +- 25.00 (3)"
 
 
+def test_seeds_of_different_images_are_named(tmp_path: Path) -> None:
+    own = [row(0.5, 0.75, run=f"d-s{i}", seed=i, flops_target=0.5) for i in (0, 1)]
+    paths = save(tmp_path, row(0.5, 0.5, run="st", method="static", config_hash="st"), *own)
+    for name, target, bits in (("st", "", "1100"), ("d-s0", "0.5", "1110"), ("d-s1", "0.5", "11111100")):
+        right(tmp_path / name, target, bits)
+    (said,) = compare(paths, tmp_path / "out").left_out
+    assert "the seeds of dmnn were tested on different images" in said.reason
+
+
 def test_a_control_that_is_not_beaten_is_marked(tmp_path: Path) -> None:
     routed = [row(0.5, 0.9, flops_target=0.5), row(0.5, 0.89, flops_target=0.5, control="shuffled")]
     routed += [row(0.5, 0.895, flops_target=0.5, control="random")]

@@ -278,11 +278,26 @@ def test_a_failed_comparison_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     assert tree(tmp_path / "old") == before and not (tmp_path / "new").exists()
 
 
+def test_rows_in_percent_and_negative_ones_are_left_out(tmp_path: Path) -> None:
+    paths = save(tmp_path, row(0.5, 0.9), row(0.5, 45.5, run="percent"), row(-0.5, 0.9, run="less"))
+    made = compare(paths, tmp_path / "out")
+    assert list(made.table["top1"]) == [0.9]
+    assert sorted(said.path.name for said in made.left_out) == ["less", "percent"]
+
+
+def test_a_file_that_a_spreadsheet_has_saved_is_read(tmp_path: Path) -> None:
+    (path,) = save(tmp_path, row(0.5, 0.9))
+    file = path / "eval.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    rows, left_out = read([path])
+    assert (len(rows), left_out) == (1, [])
+
+
 def test_rows_without_a_number_are_named(tmp_path: Path) -> None:
     paths = save(tmp_path, row(0.5, 0.9), row(0.5, float("nan"), flops_target=0.5))
     rows, (missing,) = read(paths)
     assert len(rows) == 1
-    assert missing.reason == "1 of 2 test rows have no number for top1 or macs_share"
+    assert missing.reason == "1 of 2 test rows have no top1 or macs_share that can be"
 
 
 def test_nan_elsewhere_is_an_empty_cell(tmp_path: Path) -> None:

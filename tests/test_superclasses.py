@@ -56,6 +56,14 @@ def test_nested_folders_are_superclasses(tmp_path: Path) -> None:
     assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_an_image_beside_nested_class_folders_is_refused(tmp_path: Path) -> None:
+    root = folders(tmp_path, "animal/cat", "animal/dog", "plant/oak")
+    own = next((root / "train" / "animal" / "cat").iterdir())
+    own.rename(root / "train" / "animal" / own.name)
+    with pytest.raises(InputError, match="outside the class folders"):
+        opened(root, "folders")
+
+
 def test_without_being_told_folders_have_none(tmp_path: Path) -> None:
     data = opened(folders(tmp_path, "a", "b"))
     assert data.spec.superclasses == 0 and data.train.superclasses is None

@@ -189,7 +189,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "weights that run code": (train("backbone.weights=raw_attack/last.pt"), "could run code"),
     # data
     "missing npz": (train("data.name=npz", "data.path=nowhere.npz"), "nowhere.npz: no such file"),
-    "truncated npz": (train("data.name=npz", "data.path=torn.npz"), "torn.npz: cannot read"),
+    "truncated npz": (train("data.name=npz", "data.path=torn.npz"), "torn.npz: not an .npz archive"),
     "npz without a path": (train("data.name=npz"), "needs data.path"),
     "unreadable image": (train("data.name=folder", "data.path=images"), "images/train/a/1.png: not a readable image"),
     "two training images": (train("data.train_images=2"), "1 training image of 2"),

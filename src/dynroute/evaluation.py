@@ -119,7 +119,8 @@ class Evaluator:
         path = folder / (BEST if checkpoint == "best" else LAST)
         net, config, content = restore(path)
         place = prepare(on_device(config, device))
-        data = dataset(moved(config, data_path))  # the rows stay those of the data that the run was trained on
+        elsewhere = moved(config, data_path)
+        data = dataset(elsewhere)  # the rows stay those of the data that the run was trained on
         check_data(content, data.spec, config, folder)
         net = net.to(place).eval()
         net.set_limit(flops_max)
@@ -129,8 +130,12 @@ class Evaluator:
             return loader(few, data.spec, 256, train=False, device=place, workers=config.data.workers)
 
         remarks: tuple[str, ...] = ()
+        if elsewhere.data.label != config.data.label:
+            remarks = (
+                f"{elsewhere.data.label} stands in the rows as {config.data.label}, which the run was trained on",
+            )
         if outdated(folder):
-            remarks = ("budget.json is of an older version: settings are fitted anew",)
+            remarks += ("budget.json is of an older version: settings are fitted anew",)
         rows = content["rows"]
         planned = content["meta"].get("epochs", 0)  # which older checkpoints do not say
         if checkpoint == "last" and len(rows) < planned:

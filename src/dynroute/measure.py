@@ -5,6 +5,7 @@ B images, N images of a split, U units, G parts, K classes. A share is a part of
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -88,8 +89,9 @@ class Dial:
     """Searches the setting at which the mean share meets a target, on one split; every price is measured once.
 
     share_at(price): mean share and standard deviation of single images' shares. It need not be smooth or monotone (routers
-    briefly trained are lumpy): the search bisects the two neighbours around the target in the calibration's chain until one
-    price meets it, or the two are close, or no price lies between; then they are mixed.
+    briefly trained are lumpy, and so are limited ones): between the two neighbours around the target in the calibration's
+    chain the search bisects the first two prices tried whose shares lie on both sides of it, until one price meets it, or the
+    neighbours are close, or no price lies between; then they are mixed.
     Prices are searched on an asinh scale, fine near 0 and coarse far out.
     """
 
@@ -114,12 +116,22 @@ class Dial:
             if known.gap(target) <= CLOSE:
                 break
             setting = known.fit(target).setting
-            middle = _price((_scale(setting.price) + _scale(setting.other)) / 2)
-            if middle in known.points:
+            low, high = sorted((setting.price, setting.other))
+            middle = self._between(low, high, target)
+            if middle is None:
                 break  # no price in between: a jump
             self._try(middle)
         known.searched[target] = known.fit(target)
         return known.searched[target]
+
+    def _between(self, low: float, high: float, target: float) -> float | None:
+        """A new price between two that were tried, from low to high, whose shares lie on both sides of the target; or None."""
+        points = self.calibration.points
+        for one, two in itertools.pairwise(sorted(price for price in points if low <= price <= high)):
+            middle = _price((_scale(one) + _scale(two)) / 2)
+            if (points[one].share - target) * (points[two].share - target) <= 0 and middle not in points:
+                return middle
+        return None
 
     def span(self) -> tuple[float, float]:
         """Lowest and highest share, the dial's end stops included."""

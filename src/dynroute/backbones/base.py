@@ -152,8 +152,17 @@ class Backbone(nn.Module):
 
     @property
     def routable(self) -> list[Unit]:
-        """The units, typed."""
-        return [unit for unit in self.units if isinstance(unit, Unit)]
+        """The units, typed. Raises InputError where something else stands among them, or nothing at all."""
+        units = list(self.units)
+        odd = next((unit for unit in units if not isinstance(unit, Unit)), None)
+        if odd is not None or not units:
+            held = (
+                f"a {type(odd).__name__}, which is no Unit: put it into one, the stem or the head"
+                if units
+                else "no unit"
+            )
+            raise InputError(f"{type(self).__name__}.units holds {held}")
+        return units  # type: ignore[return-value]
 
     def terms(self) -> list[CostTerms]:
         """The cost of each unit."""

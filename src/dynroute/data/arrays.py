@@ -26,6 +26,7 @@ from dynroute.data.files import one_line
 from dynroute.data.spec import DataOptions, Dataset, DataSpec, Split, assemble
 
 Arrays = dict[str, NDArray]
+HIGHEST = 2**31 - 1  # of a label
 UNREADABLE = (
     OSError,
     ValueError,
@@ -63,6 +64,8 @@ def read_arrays(path: Path) -> Arrays:
     """All arrays of the file; pickled objects are refused, since opening them runs whatever they carry."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: not an .npz archive, or not all of it")
     key = "the file"
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -111,8 +114,9 @@ def read_integers(path: Path, key: str, array: NDArray, count: int) -> Tensor:
         raise InputError(f"{path}: {key} must be integers, not {array.dtype}")
     if array.shape not in ((count,), (count, 1)):
         raise InputError(f"{path}: {key} has shape {array.shape}, but there are {count} images")
-    if array.min() < 0:
-        raise InputError(f"{path}: {key} has a negative value, {array.min()}")
+    if array.min() < 0 or array.max() > HIGHEST:
+        odd = f"a negative value, {array.min()}" if array.min() < 0 else f"a value above {HIGHEST}, {array.max()}"
+        raise InputError(f"{path}: {key} has {odd}")
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
 
 
@@ -149,13 +153,22 @@ def counted(path: Path, key: str, arrays: Arrays, values: Tensor) -> tuple[int, 
     top = int(values.max()) + 1
     if top > max(len(values), 2):
         raise InputError(f"{path}: the training labels go up to {top - 1}, with only {len(values)} images")
-    if top < 2 and key == "class_names":
-        raise InputError(f"{path}: train_labels holds one class only; at least two are needed")
+    what = {"class_names": ("train_labels", "class"), "superclass_names": ("train_superclasses", "superclass")}[key]
+    if top < 2:
+        raise InputError(f"{path}: {what[0]} holds one {what[1]} only; at least two are needed")
     if key not in arrays:
+        none = (values.bincount(minlength=top) == 0).nonzero().flatten().tolist()
+        if none:
+            raise InputError(
+                f"{path}: {what[0]} goes up to {top - 1} and has no image of {what[1]} {none[0]}; count from 0 without gaps, or "
+                f"name them all in an array {key}"
+            )
         return top, tuple(str(k) for k in range(top))
     names = tuple(str(name) for name in arrays[key].reshape(-1))
     if len(names) < top:
         raise InputError(f"{path}: {key} has {len(names)} names, but the training labels go up to {top - 1}")
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: {key} names two of them alike")
     return len(names), names
 
 

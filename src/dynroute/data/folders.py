@@ -74,14 +74,23 @@ def class_names(folder: Path, nested: bool = False) -> tuple[str, ...]:
     return tuple(f"{name}/{own}" for name in names for own in class_names(folder / name)) if nested else tuple(names)
 
 
+def is_picture(file: Path) -> bool:
+    """By its ending; hidden files are passed over, as hidden folders are."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
 def listed(folder: Path, names: tuple[str, ...], short_side: int, nested: bool = False) -> FileSplit:
     """All image files below a split's class folders. A class may be missing, but not unknown or empty."""
     paths: list[Path] = []
     labels: list[int] = []
+    for place in (folder, *(f for f in folder.iterdir() if nested and f.is_dir())):
+        loose = next((f for f in sorted(place.iterdir()) if is_picture(f)), None)
+        if loose:
+            raise InputError(f"{loose}: an image outside the class folders, so of no class")
     for name in class_names(folder, nested):
         if name not in names:
             raise InputError(f"{folder / name}: train/ has no class {name!r}")
-        files = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES)
+        files = sorted(f for f in (folder / name).rglob("*") if is_picture(f))
         if not files:
             raise InputError(f"{folder / name}: no images in this class folder")
         paths += files

@@ -19,7 +19,7 @@ from dynroute.contracts import InputError
 RGB_MEAN = (0.485, 0.456, 0.406)
 RGB_STD = (0.229, 0.224, 0.225)
 
-OWN = ("folder", "npz")  # names that say a format: which data it is, the path tells
+FIXED = ("shapes", "cifar10", "cifar100", "imagenet")  # names that say which data it is; of others the path tells
 CUT_SEED = 2024  # of the fixed order behind limits and the calibration cut; never the training seed
 
 
@@ -30,7 +30,8 @@ class DataOptions:
     name: str = "shapes"
     """Data set: shapes (made on the fly), cifar10, cifar100, imagenet, folder or npz."""
     path: str | None = None
-    """File (npz) or folder (folder, imagenet; CIFAR: download folder, by default "data", or .npz file)."""
+    """File (npz) or folder (folder, imagenet; CIFAR: download folder, by default "data", or .npz file). imagenet and CIFAR are
+    taken at their word: call other images folder or npz, whose own names the tables show."""
     calibration: float = 0.1
     """Share of the training images cut off for calibration, unless the data brings its own val split."""
     image_size: int = 0
@@ -51,8 +52,8 @@ class DataOptions:
 
     @property
     def label(self) -> str:
-        """What tables call the data: its name, and for a user's own file or folder that one's name too."""
-        if self.name not in OWN or not self.path:
+        """What tables call the data: its name, and where that is a format, or a plug-in's, the file's or folder's name too."""
+        if self.name in FIXED or not self.path:
             return self.name
         place = Path(self.path).absolute()
         own = re.sub(r"[^\w.+=-]", "-", place.stem if self.name == "npz" else place.name)

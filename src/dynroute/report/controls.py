@@ -107,12 +107,21 @@ class Files:
     def of(self, row: Row) -> Answers | None:
         """The answers of a row, as a mean over its seeds; None where they are not known."""
         setting, files = (*setting_of(row), row["control"]), row["right_files"]
-        found = over_seeds([self._read(name).get(setting) for name in files])
+        seeds = [self._read(name).get(setting) for name in files]
+        if len({each.images for each in seeds if each}) > 1:
+            file = next(name for name in files if name)
+            self._say(
+                file, f"the seeds of {row['label']} were tested on different images: theirs is no mean of one data set"
+            )
+        found = over_seeds(seeds)
         if found and abs(float(found.right_N.mean()) - row["top1"]) > SAME_TOP1:
-            said = LeftOut(Path(files[0]), "not of these rows, whose top-1 is another (no paired interval)")
-            self.left_out += [] if said in self.left_out else [said]
+            self._say(files[0], "not of these rows, whose top-1 is another (no paired interval)")
             return None
         return found
+
+    def _say(self, file: str, reason: str) -> None:
+        said = LeftOut(Path(file), reason)
+        self.left_out += [] if said in self.left_out else [said]
 
     def _read(self, name: str) -> dict[tuple[str, ...], Answers]:
         if name not in self.known:

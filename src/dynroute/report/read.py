@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ OWN_FILES = frozenset(
 )  # --out may be a results folder
 RUN_FILES = frozenset({TRAIN_FILE, ROUTES_FILE, RIGHT_FILE, BENCH_FILE})
 RIGHT_FOLDER = "right"  # beside CSVs that were copied out of runs: of each its right.csv, by its name
-NEEDED = ("top1", "macs_share")
+NEEDED = {"top1": 1.0, "macs_share": 1e6}  # the highest that is no mistake
 BESIDE = (
     "parts",
     "variant",
@@ -59,9 +58,9 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], list[LeftOut]]:
         timed = _timed(file.with_name(BENCH_FILE), left_out)
         for row in rows:
             row.update(timed=timed, times=of_row(row, timed))
-        usable = [row for row in rows if all(_finite(row[name]) for name in NEEDED)]
+        usable = [row for row in rows if all(_within(row[name], most) for name, most in NEEDED.items())]
         if len(usable) < len(rows):
-            reason = f"{len(rows) - len(usable)} of {len(rows)} test rows have no number for {' or '.join(NEEDED)}"
+            reason = f"{len(rows) - len(usable)} of {len(rows)} test rows have no {' or '.join(NEEDED)} that can be"
             left_out.append(LeftOut(_shown(file), reason))
         usable, orphans = _with_their_net(usable)
         if orphans:
@@ -214,8 +213,8 @@ def _numbers(row: Row) -> str:
     return repr({name: value for name, value in row.items() if name not in BESIDE})
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _within(value: float | None, most: float) -> bool:
+    return value is not None and 0 <= value <= most  # nan is not
 
 
 def _shown(file: Path) -> Path:

@@ -161,7 +161,7 @@ def labels(table: pd.DataFrame) -> list[str]:
 
 def _told_apart(identity: str) -> tuple[str, str]:
     """What made a row, and how it was evaluated where that is not as usual: "max 0.6", "best"."""
-    made, limit, best = re.fullmatch(r"(.*?)(?:-max([\d.]+))?(?:-(best))?", identity, re.DOTALL).groups()  # type: ignore[union-attr]
+    made, limit, best = re.fullmatch(r"(.*?)(?:-max([\d.e+-]+?))?(?:-(best))?", identity, re.DOTALL).groups()  # type: ignore[union-attr]
     return made, " ".join(filter(None, [f"max {limit}" if limit else "", best or ""]))
 
 
