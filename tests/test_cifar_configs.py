@@ -174,7 +174,7 @@ def test_rows_of_dmnns_tables_start(path: str, arrays: dict[str, Path], tmp_path
 
 RESULTS = EXPERIMENTS / "results"
 OF_OTHER_OPTIONS = {  # made when the options were others; dmnn_70: before it set targets
-    *(f"cifar10/{name}" for name in ("dense", "dmnn", "given", "rnp", "static_40", "static_60", "static_80")),
+    *(f"cifar10/{name}" for name in ("dense", "dmnn", "rnp", "static_40", "static_60", "static_80")),
     *("shapes/rnr", "cifar100/small/dmnn_70"),
 }
 
