@@ -220,7 +220,7 @@ cifar100_from_dense: .venv/ready
 cifar100_width32: .venv/ready
 	$(call rows,cifar100/width32,start dense static_25 static_50 static_70 cascade rnr,0.5 0.6 0.7)
 	$(call rows,cifar100/width32,dmnn_50 aig_50,0.5)
-	$(call rows,cifar100/width32,dmnn_60,0.6)
+	$(call rows,cifar100/width32,dmnn_60 aig_60,0.6)
 	$(call rows,cifar100/width32,dmnn_70 aig_70,0.7)
 	@$(MAKE) table
 
