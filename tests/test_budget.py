@@ -256,3 +256,13 @@ def test_targets_fall_where_the_gates_overspend_and_never_run_away() -> None:
     for _ in range(400):
         phase.loss(out, batch(64))
     assert torch.allclose(net.router.told_K, start - SLACK)  # type: ignore[arg-type]
+
+
+def test_a_knot_far_from_an_image_hears_less_of_it() -> None:
+    asked = torch.tensor([0.2 + 0.6 * 2.25 / (KNOTS - 1)])
+    missed = Range(0.2, 0.8).overspent(asked, asked + 0.2, (0.1, 1.0))
+    assert missed.tolist() == pytest.approx([0.0, 0.0, 0.15, 0.05, *[0.0] * (KNOTS - 4)])
+
+
+def test_the_dense_net_and_64_budgets_may_be_asked_for() -> None:
+    check_budget([0.2, 1.0], 64)

@@ -13,8 +13,12 @@ import torch
 
 from conftest import TINY
 from dynroute.bench import Benched, Point
+from dynroute.calibration import Fit
 from dynroute.cli import main
+from dynroute.contracts import InputError, Setting
+from dynroute.controls import CONTROLS
 from dynroute.evaluation import Evaluator
+from dynroute.latency import dense_speed, latency_table
 from dynroute.provenance import machine
 from dynroute.records import BenchRow, read_eval, read_rows, write_rows
 
@@ -192,3 +196,106 @@ def test_shares_and_times_that_are_none(words: list[str], says: str, capsys: Cap
     for command in (["eval", "nowhere"], ["predict", "nowhere", "nothing.png"]):
         assert main([*command, *words]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_row_has_the_numbers_of_its_images_and_the_dial_those_of_calibration(run: Path) -> None:
+    evaluator = Evaluator.of(run)
+    cost, dense = evaluator.net.cost, evaluator.net.cost.dense
+    calibrated = evaluator.measure(None, "calib")
+    assert evaluator.dial.share_at(0.0)[0] == pytest.approx(calibrated.row.macs_share)
+    assert calibrated.row.n == evaluator.dial.calibration.images == len(evaluator.data.calibration)
+    found = evaluator.measure(None)
+    row, macs_N = found.row, found.scores.macs_N
+    assert row.n == len(evaluator.data.test) and row.macs_share != calibrated.row.macs_share
+    assert (row.macs_p5, row.macs_p95) == pytest.approx([float(macs_N.quantile(q)) for q in (0.05, 0.95)])
+    assert row.macs_p5 < row.macs_mean < row.macs_p95 and row.router_share == cost.router / dense
+    assert row.top5 == pytest.approx(float(found.scores.top5_N.double().mean())) and row.top5 > row.top1
+
+
+def test_settings_of_another_limit_or_checkpoint_are_not_taken_and_not_lost(run: Path) -> None:
+    opened = {name: Evaluator.of(run, name) for name in ("best", "last")}
+    for evaluator in opened.values():
+        evaluator.fitted(0.6)
+    for name, evaluator in opened.items():
+        assert Evaluator.of(run, name).dial.calibration == evaluator.dial.calibration
+    assert not Evaluator.of(run, flops_max=0.8).dial.calibration.points
+
+
+def test_parameters_are_those_of_inference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynroute.evaluation.inference_parameters", lambda net: 7)
+    assert Evaluator.of(run).measure(None).row.params == 7
+
+
+def test_the_latency_table_has_the_rows_of_this_machine_and_setting_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, threads = Evaluator.of(run), torch.get_num_threads()
+    own: dict[str, Any] = {"mode": "skipping", "batch": 1, "threads": threads, "device": "cpu", "dtype": "fp32"}
+    own |= {
+        "machine": machine(torch.device("cpu")),
+        "checkpoint": "last",
+        "routes": "router",
+        "flops_max": "",
+        "form": "",
+    }
+    timed = [{**own, "images_per_s": 1e3 / ms, "macs_share": s, "speedup": ""} for s, ms in ((0.4, 2.0), (0.8, 4.0))]
+    changes: dict[str, Any] = {"flops_max": 0.5, "threads": threads + 1, "routes": "random", "checkpoint": "best"}
+    changes |= {"dtype": "bf16", "device": "cuda", "batch": 8, "mode": "masked", "machine": "x"}
+    others = [{**timed[0], name: value, "macs_share": 0.1} for name, value in changes.items()]
+
+    def table(*rows: dict[str, Any]) -> list[float]:
+        write_rows(run / "bench.csv", rows)
+        found = latency_table(run, opened.net, opened.config, opened.data.spec, opened.device)
+        return [number for point in found for number in point]
+
+    wanted = pytest.approx([0.4, 2.0, 0.8, 4.0])
+    assert table(*others, *timed) == wanted
+    assert table({**timed[0], "speedup": 2.5}, timed[1]) == wanted, "not all of them beside a dense net"
+    with pytest.raises(InputError, match="has no two skipping rows"):
+        table(*others, timed[0])
+    asked: list[Any] = []
+    monkeypatch.setattr("dynroute.latency.dense_speed", lambda *args: asked.append(args[-1]) or 100.0)
+    compared = [{**timed[0], "speedup": 5.0}, {**timed[1], "speedup": 2.5}]
+    for dense in ("as it is", "compiled"):
+        assert table(*compared, {**own, "mode": "dense_best", "form": dense}) == wanted
+    assert asked == [set(), {"compiled"}]
+
+
+def test_the_speed_of_the_dense_net_is_that_of_its_fastest_form(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Evaluator.of(run)
+    rows = [
+        BenchRow("", "", "", "", mode, images_per_s=speed) for mode, speed in (("dense", 10.0), ("dense_best", 20.0))
+    ]
+    monkeypatch.setattr("dynroute.latency.bench", lambda *_: Benched(rows, [], {}))
+    assert dense_speed(opened.net, opened.config, opened.data.spec, opened.device) == 20.0
+
+
+def test_a_row_and_its_controls_stand_at_the_setting_that_was_stored(run: Path) -> None:
+    evaluator = Evaluator.of(run)
+    share, far = evaluator.measure(None).row.macs_share, 0.3
+    evaluator.dial.span()
+    evaluator.dial.calibration.searched |= {
+        far: Fit(Setting(0.0), far, far, far),  # what calibration promised, and test images do not keep
+        round(share, 2): Fit(Setting(0.01), share, share - 0.1, share + 0.1),
+    }
+    assert evaluator.measure(far).missed and abs(share - far) > 0.02
+    found = evaluator.measure(round(share, 2))
+    assert (found.row.price, found.row.price_other, found.row.price_part) == (0.01, None, None)
+    assert (found.row.share_low, found.row.share_high) == (share - 0.1, share + 0.1)
+    assert evaluator.net.router.setting == Setting(0.01)
+    evaluator.config.top.seed = 5
+    made = {result.row.control: result for result in evaluator.controls(found)}
+    assert {result.row.price for result in made.values()} == {0.01}
+    for name, result in made.items():
+        assert torch.equal(result.scores.keep_NUG, CONTROLS[name].routes(found.scores.keep_NUG, 5)), name
+
+
+def test_the_time_in_a_row_is_that_of_the_skipping_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        BenchRow("", "", "", "", mode, latency_ms_p50=ms, images_per_s=1e3 / ms, speedup=10 / ms, batch=2, threads=3)
+        for mode, ms in (("dense_best", 10.0), ("skipping", 4.0))
+    ]
+    monkeypatch.setattr(Evaluator, "bench", lambda *_: Benched(rows, [], {}))
+    row = Evaluator.of(run).measure(None, timed=True).row
+    assert (row.latency_ms_p50, row.latency_ms_mean, row.speedup) == pytest.approx((4.0, 4.0, 2.5))
+    assert (row.latency_batch, row.latency_threads, row.latency_device) == (2, 3, "cpu")

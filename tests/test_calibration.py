@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from multiprocessing import Process
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,69 @@ def test_a_share_has_its_milliseconds(share: float, ms: float) -> None:
 def test_too_short_a_time_is_out_of_reach() -> None:
     with pytest.raises(OutOfReach, match="1 ms an image is out of reach: the latency table has 2 to 4 ms"):
         share_for_latency([(0.4, 2.0), (0.8, 4.0)], 1.0)
+
+
+def test_what_is_forgiven_and_what_counts_as_met_are_small() -> None:
+    made = calibration(STEPS)
+    assert made.within_reach(0.281).share == 0.3
+    with pytest.raises(OutOfReach):
+        made.within_reach(0.279)
+    assert made.fit(0.5019).setting.part == 0.0 < made.fit(0.5021).setting.part
+
+
+def test_a_chain_goes_on_from_the_one_that_reaches_further() -> None:
+    assert calibration([(-1.0, 0.5), (0.0, 0.9), (1.0, 0.1)]).span() == (0.1, 0.9)
+
+
+def test_of_two_chains_as_long_the_one_that_reaches_further_is_kept() -> None:
+    assert calibration([(-2.0, 0.5), (-1.0, 0.4), (0.0, 0.9), (1.0, 0.6)]).span() == (0.6, 0.9)
+
+
+def test_the_interval_of_a_mix_knows_the_spread_of_both_prices() -> None:
+    made = Calibration(400)
+    made.add(0.0, 0.5, 0.1)
+    made.add(-1.0, 0.8, 0.3)
+    fit = made.fit(0.65)
+    variance = (0.1**2 + 0.3**2) / 2 + 0.15**2
+    assert fit.high - fit.share == pytest.approx(1.959964 * math.sqrt(variance / 400))
+
+
+def test_points_of_another_number_of_images_are_not_mixed_in_and_the_last_word_on_a_target_stands(
+    tmp_path: Path,
+) -> None:
+    few, many = calibration(STEPS[:3], images=100), calibration(STEPS[2:], images=400)
+    write_budget(tmp_path, "a", few)
+    write_budget(tmp_path, "a", many)
+    assert read_budget(tmp_path, "a") == many
+    again = calibration([(-0.4, 0.8), (0.0, 0.51), (0.4, 0.3)])
+    many.searched, again.searched = {0.4: many.fit(0.4)}, {0.4: again.fit(0.4)}
+    assert many.searched != again.searched
+    for one in (many, again):
+        write_budget(tmp_path, "a", one)
+    found = read_budget(tmp_path, "a")
+    assert found is not None and found.searched == again.searched and found.points[0.0] == again.points[0.0]
+
+
+def searched(folder: Path, targets: list[float]) -> None:
+    made = calibration(STEPS)
+    for target in targets:
+        made.searched = {target: made.fit(target)}
+        write_budget(folder, "a", made)
+
+
+def test_programs_that_search_at_once_lose_no_setting(tmp_path: Path) -> None:
+    started = [Process(target=searched, args=(tmp_path, [k / 10 + i / 1000 for i in range(15)])) for k in (4, 5, 6)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join()
+    found = read_budget(tmp_path, "a")
+    assert found is not None and len(found.searched) == 45
+
+
+def test_a_target_beyond_either_end_is_out_of_reach_and_fits_the_end_nearest_to_zero() -> None:
+    made = calibration(STEPS[2:])
+    for target in (0.2, 0.6):
+        with pytest.raises(OutOfReach, match=r"reaches 0\.300 to 0\.500"):
+            made.within_reach(target)
+    assert made.fit(0.2).setting == Setting(0.5) and made.fit(0.6).setting == Setting(0.0)

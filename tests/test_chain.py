@@ -378,3 +378,27 @@ def test_a_chain_goes_through_the_command_line(tmp_path: Path, capsys: pytest.Ca
     check_agreement(net, pictures(8))
     assert main(["train", *tiny, "router.name=dmnn", "--out", str(tmp_path / "dmnn")]) == 2
     assert "can be cut into channels only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4_bn"])
+def test_a_gradient_reaches_keeps_that_are_the_same_for_all(name: str) -> None:
+    body = make_backbone(name, parts=2)
+    keep = RoutedNet(body, make_router("static", body.specs)).dense_routes(4).clone().requires_grad_()
+    RoutedNet(body, make_router("static", body.specs)).train()(pictures(4), keep).logits_BK.sum().backward()
+    assert keep.grad is not None and bool((keep.grad != 0).all())
+
+
+def test_a_trained_chain_goes_out_at_its_full_width() -> None:
+    """Its BatchNorms then differ between widths."""
+    source, backbone, x = pair("conv4", norm=True)
+    shake(backbone)
+    source.load_state_dict(backbone.dense_state(), strict=False)
+    assert close(source(x), logits(backbone, x))
+
+
+def test_a_layer_takes_keeps_padded_for_layers_of_more_parts() -> None:
+    unit, x = make(norm=True), torch.randn(3, sum(READ), 6, 6)
+    keep, above = torch.tensor([[1.0, 1, 0, 0]] * 3), torch.tensor([[1.0, 0, 0]] * 3)
+    assert torch.equal(
+        unit(x, torch.cat([keep, 0 * keep[:, :1]], 1), torch.cat([above, 0 * above], 1)), unit(x, keep, above)
+    )

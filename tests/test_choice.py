@@ -429,3 +429,23 @@ def test_a_trained_run_of_alternatives_starts_other_forms(run: Path) -> None:
         other = load_config(overrides=[*TINY, "router.name=static", f"backbone.weights={run}", *words])
         built = build(other, spec).eval()
         assert close(built(x).logits_BK, net.eval()(x, net.dense_routes(8)).logits_BK)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dense_run_in_training_is_that_of_the_widest_for_all(kind: type[ChoiceUnit]) -> None:
+    unit = make(kind, stride=2).train()
+    shake(unit)
+    x = torch.randn(12, unit.spec.in_channels, 5, 5)
+    twin = copy.deepcopy(unit)
+    assert close(unit(x), twin(x, torch.eye(3)[[2] * 12]))
+    assert all(torch.equal(one, two) for one, two in zip(unit.buffers(), twin.buffers(), strict=True))
+
+
+def test_the_dense_net_of_alternatives_has_its_projections_too() -> None:
+    alike = [make_backbone(unit=unit, shortcut="B").dense_macs for unit in ("channels", "choice")]
+    assert alike[0] == alike[1]
+
+
+def test_a_narrowed_alternative_of_a_unit_in_training_is_in_eval() -> None:
+    small = make(ChoiceBasic, stride=2).train().narrow((False, True, False))
+    assert not any(module.training for module in small.modules())

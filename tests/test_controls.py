@@ -228,3 +228,13 @@ def test_controls_without_their_net_are_named(tmp_path: Path) -> None:
     rows, (missing,) = read([tmp_path / "a.csv"])
     assert len(rows) == 1
     assert missing.reason == "1 controls without the row they were made from"
+
+
+def test_a_control_of_nearly_the_cost_stands_under_its_row_as_of_equal_cost(tmp_path: Path) -> None:
+    nets = [row(share, 0.9, run="d", flops_target=share) for share in (0.5, 0.51)]
+    drawn = [replace(own, control="random", macs_share=s, top1=0.8) for own, s in zip(nets, (0.515, 0.5), strict=True)]
+    made = compare(save(tmp_path / "runs", *nets, *drawn), tmp_path / "out")
+    assert list(zip(made.table["flops_target"], made.table["control"], strict=True)) == [
+        (0.5, ""), (0.5, "random"), (0.51, ""), (0.51, "random"),
+    ]  # fmt: skip
+    assert list(made.controls["relation"]) == ["equal", "equal"]

@@ -125,3 +125,8 @@ def test_projection_shortcuts_always_run() -> None:
 def test_conv_macs_count_groups() -> None:
     conv = torch.nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False)
     assert conv_macs(6, 3, 8, 12, groups=4) == count_macs(conv, torch.randn(1, 8, 6, 6))
+
+
+def test_costs_are_no_part_of_a_checkpoint() -> None:
+    for name, unit in PAIRS:
+        assert not [key for key in make_net(name, unit).state_dict() if key.startswith("cost.")]

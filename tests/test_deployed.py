@@ -179,3 +179,7 @@ def test_a_fast_net_follows_weights_dial_and_limit(name: str, unit: str) -> None
 def test_a_router_without_a_deployed_form_decides_itself() -> None:
     net = make_net("random", "paths")
     assert net.router.deployed() is net.router
+
+
+def test_a_fast_net_of_one_route_follows_weights_and_limit() -> None:
+    test_a_fast_net_follows_weights_dial_and_limit("static", "channels")

@@ -202,3 +202,43 @@ def test_seeds_are_timed_together_or_not_at_all(tmp_path: Path) -> None:
     assert (ms["cost"], ms["control_top1"], ms["n_seeds"]) == (pytest.approx(5), pytest.approx(0.85), 3)
     (tmp_path / "r" / "d-s2" / "bench.csv").unlink()
     assert [x["basis"] for x in lines(compare(paths, tmp_path / "out"))] == ["FLOPs"]
+
+
+def test_the_cost_of_a_net_of_another_backbone_is_in_parts_of_the_rows_own_dense_net(tmp_path: Path) -> None:
+    other = net("static", 1.0, 0.88, backbone="resnext20_2x8d", macs_mean=42e6, macs_dense=42e6)
+    made = compare(save(tmp_path / "r", net("dmnn", 0.5, 0.9), other), tmp_path / "out")
+    (line,) = lines(made)
+    assert (line["control"], line["control_cost"]) == ("ResNeXt", pytest.approx(42 / 40))
+
+
+def test_equal_milliseconds_are_no_more_than_the_rows_own(tmp_path: Path) -> None:
+    paths = save(tmp_path / "r", net("static", 0.75, 0.85), net("dmnn", 0.5, 0.88))
+    for name, ms in (("static0.75", 3.01), ("dmnn0.5", 3.0)):
+        time(tmp_path / "r" / name, {"mode": "skipping", "latency_ms_p50": ms})
+    (found,) = [x for x in lines(compare(paths, tmp_path / "out")) if x["basis"] != "FLOPs"]
+    assert (found["relation"], found["control_cost"]) == ("dearer", 3.01)
+
+
+def test_at_the_very_cost_of_a_net_that_net_alone_is_the_control(tmp_path: Path) -> None:
+    (line,) = lines(compare(save(tmp_path / "r", *STATIC, net("dmnn", 0.75, 0.91)), tmp_path / "out"))
+    assert (line["control_runs"], line["control_cost"], line["control_top1"]) == ("st0.75", 0.75, 0.9)
+
+
+def test_no_method_is_a_control_of_itself(tmp_path: Path) -> None:
+    rows = [net(method, share, 0.8 + share / 10) for method in ("cascade", "random") for share in (0.4, 0.6)]
+    found = {(x["method"], x["control"]) for x in lines(compare(save(tmp_path / "r", *rows), tmp_path / "out"))}
+    assert found == {("cascade", "random router"), ("random", "cascade")}
+
+
+def test_a_control_is_beaten_where_all_of_the_interval_lies_above_it(tmp_path: Path) -> None:
+    rows = [net("dmnn", 0.5, 0.855), net("rnr", 0.5, 0.87), net("rnp", 0.5, 0.851, n=0), net("aig", 0.5, 0.849, n=0)]
+    made = compare(save(tmp_path / "r", *STATIC, *rows), tmp_path / "out")
+    found = {x["method"]: (x["interval"], x["beaten"]) for x in lines(made)}
+    independent = "independent"  # of half a point, too little to tell
+    assert found == {"dmnn": (independent, False), "rnr": (independent, True), "rnp": ("", True), "aig": ("", False)}
+
+
+def test_without_a_number_of_images_on_either_side_there_is_no_interval(tmp_path: Path) -> None:
+    statics = [net("static", 0.25, 0.8, n=0), net("static", 0.75, 0.9)]
+    (line,) = lines(compare(save(tmp_path / "r", *statics, net("dmnn", 0.5, 0.86)), tmp_path / "out"))
+    assert (line["interval"], line["difference"], line["beaten"]) == ("", pytest.approx(1.0), True)

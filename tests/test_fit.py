@@ -499,3 +499,62 @@ def test_the_precision_of_training_is_told_with_the_results(wanted: str, precisi
     runs.train(config_of("dmnn", f"optim.amp={wanted}"), tmp_path / "run")
     assert {row["precision"] for row in read_rows(tmp_path / "run" / "train.csv")} == {precision}
     assert Evaluator.of(tmp_path / "run").measure(None).row.precision == precision
+
+
+def test_every_epoch_draws_anew_and_is_scored_on_the_calibration_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, data, config = small("dmnn")
+    asked, noise, load_batches = list[tuple[Any, Any]](), list[float](), fit_room.loader
+
+    def watched(part: Any, *rest: Any, **words: Any) -> Any:
+        asked.append((part, words.get("epoch")))
+        return load_batches(part, *rest, **words)
+
+    def loss(out: Output, batch: Batch) -> dict[str, Tensor]:
+        noise.append(float(torch.rand(())))
+        return cross_entropy(out, batch)
+
+    monkeypatch.setattr(fit_room, "loader", watched)
+    fit(net, data, [Phase("p", 2, ("backbone",), loss)], config.optim, tmp_path)
+    wanted = [(data.train, 0), (data.calibration, None), (data.train, 1), (data.calibration, None)]
+    assert all(part is split and epoch == number for (part, epoch), (split, number) in zip(asked, wanted, strict=True))
+    assert len(set(noise)) == len(noise)
+
+
+def test_the_share_in_train_csv_is_of_the_dense_net(whole: Path) -> None:
+    for row in numbers(whole / "dmnn"):
+        assert 0 < float(row["share"]) < 1.1
+
+
+def test_the_loss_hears_what_the_teacher_says_of_its_images(tmp_path: Path) -> None:
+    net, data, config = small("dmnn", "optim.teacher_weight=0.3", "optim.teacher_temperature=4")
+    heard: list[bool] = []
+
+    def teacher(images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3))[:, None] * torch.arange(20)
+
+    def loss(out: Output, batch: Batch) -> dict[str, Tensor]:
+        assert batch.advice is not None and batch.advice[1:] == (0.3, 4.0)
+        heard.append(torch.equal(batch.advice.logits_BK, teacher(batch.images)))
+        return cross_entropy(out, batch)
+
+    fit(net, data, [Phase("p", 1, ("backbone",), loss)], config.optim, tmp_path, teacher=teacher)
+    assert heard and all(heard)
+
+
+def test_optimizers_have_the_momentum_and_decay_that_were_asked_for() -> None:
+    net, _, _ = small("rnp")
+    both = Phase("p", 1, ("backbone", "router"), cross_entropy, router_lr=1e-3, router_decay=0.003)
+    for momentum, nesterov in ((0.8, True), (0.8, False), (0.0, True)):
+        (sgd, adam), _ = make_optimizers(net, both, OptimOptions(momentum=momentum, nesterov=nesterov))
+        assert {(g["momentum"], g["nesterov"]) for g in sgd.param_groups} == {(momentum, nesterov and momentum > 0)}
+        assert [group["weight_decay"] for group in adam.param_groups] == [0.003]
+
+
+def test_the_rate_steps_down_at_the_epoch_itself_however_it_is_rounded() -> None:
+    options = OptimOptions(schedule="step", step_epochs=1, step_factor=0.5)
+    for epochs in range(1, 120):
+        assert [learning_curve(epoch / epochs, epochs, options) for epoch in range(epochs)] == [
+            0.5**e for e in range(epochs)
+        ]

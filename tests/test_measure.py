@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynroute.calibration import CLOSE, EXACT, Fit
+from dynroute.calibration import EXACT, Fit
 from dynroute.contracts import Batch, Output, Setting, Trace
 from dynroute.measure import Dial, Scores, evaluate, make_dial
 from dynroute.skipping import FastNet
@@ -49,7 +49,7 @@ def test_a_smooth_dial_meets_its_target(target: float) -> None:
     assert fit.share == pytest.approx(expected(smooth, fit)) == pytest.approx(target, abs=EXACT)
     assert len(asked) == len(set(asked)) <= 27
     setting = fit.setting  # the two prices of a mix are close where the dial is smooth
-    assert not setting.part or smooth(setting.other) - smooth(setting.price) <= CLOSE
+    assert not setting.part or smooth(setting.other) - smooth(setting.price) <= 0.01
 
 
 def test_a_share_that_falls_where_it_should_rise_hides_none_between() -> None:
@@ -208,3 +208,36 @@ def test_random_routes_are_legal_for_the_span() -> None:
     shares = net.cost(random_routes(net.backbone.specs, 100)) / net.cost.dense
     low, high = net.span()
     assert low - 1e-12 <= float(shares.min()) and float(shares.max()) <= high + 1e-12
+
+
+@pytest.mark.parametrize("name", ["dmnn", "rnr"])
+def test_the_dial_measures_in_eval_mode_how_much_images_differ(name: str) -> None:
+    net = make_net(name, dict(PAIRS)[name])
+    images = pictures(40)
+    share_N = net(images).macs_B / net.cost.dense
+    finder = make_dial(net.train(), 40, lambda: [batch_of(images)])
+    finder.find(0.5)
+    assert finder.calibration.images == 40
+    point = finder.calibration.points[0.0]
+    mean = share_N.mean()
+    assert point.share == pytest.approx(float(mean))
+    assert point.spread == pytest.approx(float((share_N - mean).square().mean().sqrt())) and point.spread > 0
+
+
+def test_the_dial_of_one_image_has_no_spread() -> None:
+    finder = make_dial(make_net(), 1, lambda: [batch_of(pictures(1))])
+    finder.span()
+    assert [point.spread for point in finder.calibration.points.values()] == [0.0, 0.0]
+
+
+def test_another_executor_is_what_runs() -> None:
+    net: Any = Fake()
+    x = torch.tensor([[3.0, 1, 2, 0, 0, 0, 0]])
+    scores = evaluate(net, [batch_of(x)], lambda images: net(images)._replace(macs_B=torch.tensor([7.0])))
+    assert scores.macs_N.tolist() == [7.0]
+
+
+def test_routes_that_differ_in_an_early_unit_are_two() -> None:
+    none = torch.zeros(0)
+    keep_NUG = torch.tensor([[[1, 0], [1, 1]], [[0, 1], [1, 1]], [[1, 0], [1, 1]]], dtype=torch.uint8)
+    assert Scores(none, none, none, none, none, none, keep_NUG, none).routes() == 2

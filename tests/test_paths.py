@@ -501,3 +501,10 @@ def test_the_fold_can_be_asked_for_and_refused(asked: str, folds: list[bool | No
 def test_a_fold_is_not_promised_where_there_is_none(name: str, unit: str, asked: str) -> None:
     with pytest.raises(InputError, match=r"backbone\.fold: this net has no sub-blocks of bottlenecks"):
         backbones.make_backbone(BACKBONES[name], CIFAR, BackboneOptions(name, unit=unit, fold=asked).resolved(unit))
+
+
+def test_the_covariance_fold_takes_a_keep_padded_for_units_of_more_parts() -> None:
+    unit = bottleneck(2).train()
+    unit.fold = True
+    x, keep = torch.randn(4, unit.spec.in_channels, SIZE, SIZE), torch.tensor([[1.0, 0], [1, 1]]).repeat(2, 1)
+    assert torch.equal(unit(x, torch.cat([keep, torch.zeros(4, 1)], 1)), unit(x, keep))

@@ -13,6 +13,7 @@ from torch import Tensor
 from dynroute.assembly import inference_parameters
 from dynroute.contracts import Advice, Batch, InputError, Output, Trace, UnitSpec
 from dynroute.net import RoutedNet
+from dynroute.routers import charges
 from dynroute.routers.base import classification_loss, stacked
 from dynroute.routers.charges import LIMITS
 from dynroute.routers.qlearn import QRouter, RnpOptions, RnrOptions, action_costs, action_keeps, phases, random_widths
@@ -541,3 +542,38 @@ def test_independent_widths_have_no_common_level() -> None:
         torch.stack([(widths_BU == w).float().mean() for w in (1, 2, 3, 4)]), torch.tensor(0.25), atol=0.02
     )
     assert abs(float(torch.corrcoef(widths_BU[:, :2].T)[0, 1])) < 0.05
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_the_loss_with_a_slow_copy_by_hand(double: bool) -> None:
+    out, batch = made_up(images=1)
+    slow = torch.tensor([[[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]])
+    best = out.trace.notes["q"].detach()[0, 1].argmin()
+    slow[0, 1, best] = 9.0  # the slow copy's best is the agent's worst
+    out = out._replace(trace=out.trace._replace(notes=out.trace.notes | {"slow": slow}))
+    options = RnpOptions(gamma=0.5, trace=0.0, slow_target=0.9, double_q=double)
+    q, action, reward = (out.trace.notes[name][0].detach() for name in ("q", "action", "reward"))
+    worth = slow[0, 1, q[1].argmax()] if double else slow[0, 1].max()
+    own = -F.log_softmax(out.logits_BK[0].detach(), 0)[0]
+    targets = [reward[0] + 0.5 * worth, reward[1] - own]
+    by_hand = sum((q[u, action[u]] - targets[u]) ** 2 for u in range(2)) / 2
+    assert q_loss(out, batch, options).item() == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_a_charge_moves_by_a_tenth_of_what_was_missed_less_while_exploring_and_within_limits() -> None:
+    start = charges.first_table()
+    assert charges.unscaled(start[[0, -1]]).tolist() == pytest.approx([0.3, 0.01])
+    for strength in (1.0, 0.5, 0.0):
+        moved = start.clone()
+        charges.correct(moved, torch.full_like(start, 0.2), strength)
+        assert torch.allclose(moved - start, torch.tensor(0.1 * 0.2 * strength), atol=1e-6)
+    charges.correct(moved, torch.full_like(start, 1e4), 1.0)
+    assert charges.unscaled(moved).tolist() == pytest.approx([LIMITS[1]] * len(start))
+
+
+def test_charges_move_less_while_the_agent_explores() -> None:
+    router = QRouter([NESTED], RnrOptions(hidden=4, budget=[0.2, 1.0])).train()
+    router.epsilon = 1.0
+    before = router.charge_K.clone()
+    router.correct_charges(torch.full((8,), 0.2), torch.full((8,), 0.9), (0.1, 1.0))
+    assert torch.equal(router.charge_K, before)

@@ -7,18 +7,22 @@ import math
 from dataclasses import replace
 from multiprocessing import Process
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dynroute.contracts import InputError
 from dynroute.records import (
     EVAL_COLUMNS,
+    BenchRow,
     EvalRow,
     as_dict,
     check_writable,
+    merge_bench,
     merge_eval,
     read_eval,
     read_rows,
+    route_text,
     write_file,
     write_rows,
     write_text,
@@ -191,3 +195,61 @@ def test_missing_column_and_no_number(tmp_path: Path) -> None:
     write_rows(tmp_path / "word.csv", [{**cells, "top1": "high"}])
     with pytest.raises(InputError, match="top1 is 'high', not a number"):
         read_eval(tmp_path / "word.csv")
+
+
+def test_a_control_goes_with_a_changed_cost_and_stays_beside_the_same_row(tmp_path: Path) -> None:
+    file = tmp_path / "eval.csv"
+    merge_eval(file, ROW)
+    merge_eval(file, replace(ROW, control="shuffled", top1=0.5))
+    merge_eval(file, ROW)
+    assert [row["control"] for row in read_eval(file)] == ["shuffled", ""]
+    merge_eval(file, replace(ROW, macs_mean=20.5e6))
+    assert [row["control"] for row in read_eval(file)] == [""]
+
+
+def test_a_new_time_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    for ms in (3.0, 4.0):
+        merge_eval(tmp_path / "eval.csv", replace(ROW, machine="a", latency_ms_p50=ms))
+    assert [row["latency_ms_p50"] for row in read_eval(tmp_path / "eval.csv")] == [4.0]
+
+
+def test_evaluations_of_another_checkpoint_or_limit_stand_beside_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "eval.csv"
+    write_rows(file, [{**as_dict(ROW), "checkpoint": ""}], EVAL_COLUMNS)  # of before rows named one
+    others = [replace(ROW, checkpoint="best"), replace(ROW, flops_max=0.6)]
+    for row in (ROW, *others, ROW, *others):
+        merge_eval(file, row)
+    assert [(r["checkpoint"], r["flops_max"]) for r in read_eval(file)] == [
+        ("last", None),
+        ("best", None),
+        ("last", 0.6),
+    ]
+
+
+def test_times_of_another_setting_stand_beside_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "bench.csv"
+    row = BenchRow("r", "dmnn", "resnet20", "cifar10", "skipping", flops_target=0.5)
+    write_rows(file, [{**as_dict(row), "checkpoint": ""}])  # of before rows named one
+    changes: dict[str, Any] = {"flops_target": 0.6, "flops_max": 0.7, "checkpoint": "best", "rate": 0.5, "batch": 8}
+    changes |= {"mode": "masked", "threads": 2, "device": "cuda", "dtype": "bf16"}
+    every = [row, *(replace(row, **{name: value}) for name, value in changes.items())]
+    for one in (*every, *every):
+        merge_bench(file, [one])
+    assert len(read_rows(file)) == 1 + len(changes)
+
+
+def test_a_route_has_the_parts_of_its_units_alone() -> None:
+    assert route_text([[1, 0, 0], [0, 1, 0]], [3, 2]) == "100/01"
+
+
+def test_files_are_for_others_to_read(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "x\n")
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_time_stays_with_the_clock_that_took_it(tmp_path: Path) -> None:
+    clock: dict[str, Any] = {"latency_batch": 8, "latency_threads": 2, "latency_device": "cpu", "machine": "a"}
+    merge_eval(tmp_path / "eval.csv", replace(ROW, latency_ms_p50=3.0, **clock))
+    merge_eval(tmp_path / "eval.csv", replace(ROW, machine="a"))
+    (found,) = read_eval(tmp_path / "eval.csv")
+    assert {name: found[name] for name in clock} == clock and found["latency_ms_p50"] == 3.0

@@ -472,3 +472,13 @@ def test_a_row_with_a_limit_on_every_image_is_told_apart_and_has_no_time_of_the_
     write_rows(tmp_path / "a" / "bench.csv", [timed | {"flops_max": ""}, limited])
     table = compare([tmp_path / "a"], tmp_path / "out").table
     assert dict(zip(table["label"], table["latency_ms"], strict=True)) == {"a": 3.5, "a max 0.6": 2.5}
+
+
+def test_seeds_of_unlike_numbers_are_pooled(tmp_path: Path) -> None:
+    """Runs of one name in two folders; the fewest images, the most parameters, the mean share against the target."""
+    seeds = [(0.47, 10000, 270000), (0.52, 9000, 260000)]
+    rows = [row(s, 0.9, seed=i, flops_target=0.5, n=n, params=p) for i, (s, n, p) in enumerate(seeds)]
+    paths = [path for i, each in enumerate(rows) for path in save(tmp_path / str(i), each)]
+    (line,) = compare(paths, tmp_path / "out").table.to_dict("records")
+    assert (line["n_seeds"], line["n"], line["params"], line["reached"]) == (2, 9000, 270000, True)
+    assert line["macs_share"] == pytest.approx(0.495)

@@ -186,3 +186,49 @@ def test_options_are_the_legal_keeps(form: Any, skippable: bool) -> None:
 def test_too_many_free_parts_are_said() -> None:
     with pytest.raises(InputError, match="at most 16 free parts"):
         options(replace(CHAIN, form="free", parts=17))
+
+
+def test_a_limit_at_the_cost_of_a_route_leaves_that_route_open_however_it_is_rounded() -> None:
+    cost = NetCost([CostTerms(0.0, (1.0, 48.0))], [None], 0.0, 0.0, 49.0)
+    assert 1 / 49 * 49 < 1
+    limit = Limit(cost, [replace(CHAIN, parts=2, part_shares=(1 / 49, 48 / 49))], 1 / 49)
+    keep, spent = limit.lowered(0, torch.ones(1, 2), limit.start(1, torch.device("cpu")))
+    assert keep.tolist() == [[1.0, 0.0]] and spent.least_B.tolist() == [1.0]
+
+
+def test_a_decision_is_lowered_to_the_dearest_that_fits() -> None:
+    cost = NetCost([CostTerms(0.0, (1.0, 2.0, 4.0))], [None], 0.0, 0.0, 7.0)
+    limit = Limit(cost, [CHAIN], 4 / 7)
+    keep, spent = limit.lowered(0, torch.tensor([[1.0, 1, 1], [1, 0, 0]]), limit.start(2, torch.device("cpu")))
+    assert keep.tolist() == [[1, 1, 0], [1, 0, 0]] and spent.least_B.tolist() == [3, 1]
+
+
+def test_the_limit_is_kept_where_two_units_read_the_same_one() -> None:
+    torch.manual_seed(3)
+    pairs = [None, *(tuple(map(tuple, (10 * torch.rand(3, 3)).tolist())) for _ in range(2))]
+    terms = [CostTerms(1.0, tuple((5 * torch.rand(3)).tolist()), pair) for pair in pairs]
+    cost, specs = NetCost(terms, [None, 0, 0], 2.0, 0.5, 50.0), [CHAIN] * 3
+    every = torch.stack([torch.stack(route) for route in itertools.product(options(CHAIN), repeat=3)])
+    macs = cost(every)
+    for most in (float(macs.min()), float(macs.median()), float(macs.max())):
+        limit = Limit(cost, specs, most / 50)
+        spent, keeps = limit.start(len(every), every.device), []
+        for u in range(3):
+            keep, spent = limit.lowered(u, every[:, u], spent)
+            keeps.append(keep)
+        found = torch.stack(keeps, 1)
+        assert float(cost(found).max()) <= most * (1 + 1e-9) and torch.allclose(spent.least_B, cost(found))
+        assert torch.equal(found[macs <= most], every[macs <= most]), "a route that fits was changed"
+
+
+def test_sixteen_free_parts_can_be_listed() -> None:
+    assert len(options(replace(CHAIN, form="free", parts=16))) == 2**15
+
+
+def test_the_numbers_of_an_image_are_those_of_earlier_versions_and_hear_every_value() -> None:
+    """A stored mix would else fall on other images."""
+    wanted = [[0.390954290, 0.250392133], [0.202860342, 0.235889732]]
+    assert draws(torch.tensor([1, 12345]), 3, 2).tolist() == [pytest.approx(row, abs=1e-9) for row in wanted]
+    x = pictures(1).repeat(4, 1, 1, 1)
+    x[1, 2, 5, 5], x[2, 0, 0, 0], x[3] = 0.75, 0.75, x[0].flip(2)
+    assert len(image_hash(x).unique()) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -495,3 +496,67 @@ def test_whatever_the_net_and_its_routes_the_fast_run_is_the_masked_run(
         assert close(out.logits_BK, wanted.logits_BK)
         assert torch.equal(out.trace.keep_BUG.bool(), wanted.trace.keep_BUG.bool())
         assert torch.equal(out.macs_B, wanted.macs_B)
+
+
+def crowded(asked: list[tuple[str, int]]) -> tuple[Programs, list[str]]:
+    """Programs with room for two patterns of two parts of four, or one of three, and what is kept after so many askings."""
+    unit = make_net("static", "paths", parts=4).backbone.routable[2]
+    programs = Programs([unit], 3 * 4 * sum(p.numel() for p in unit.parameters()), packed=False)
+    for own, times in asked:
+        for _ in range(times):
+            programs.of(Key(0, tuple(bit == "1" for bit in own), None))
+    assert programs.used == sum(programs.sizes[key] for key in programs.kept) <= programs.limit - programs.set_aside
+    assert not programs.instead.keys() & programs.kept.keys()
+    return programs, sorted("".join(str(int(on)) for on in key.own) for key in programs.kept)
+
+
+def test_a_pattern_takes_the_place_of_the_least_asked_for_where_it_is_clearly_asked_for_more() -> None:
+    both = ["0101", "1010"]
+    assert crowded([("1010", 100), ("0101", 1), ("1001", LOOK_AGAIN + 1)])[1] == ["1001", "1010"]
+    assert crowded([("1010", 16), ("0101", 16), ("1001", LOOK_AGAIN + 1)])[1] == both, "not for hardly more"
+    assert crowded([("1010", 16), ("0101", 17), ("1001", 2 * LOOK_AGAIN + 1)])[1] == ["0101", "1001"]
+    assert crowded([("1010", 20), ("0101", 20), ("1110", 2 * LOOK_AGAIN + 1)])[1] == both, "by its bytes it is less"
+    assert crowded([("1010", 20), ("0101", 20), ("1110", 3 * LOOK_AGAIN + 1)])[1] == ["1110"]
+
+
+def test_a_pattern_that_is_kept_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "FADE", 20)
+    assert crowded([("1010", 1), ("0101", 40), ("1001", 40)])[1] == ["0101", "1001"]
+
+
+def test_what_ran_in_pieces_is_forgotten_and_crowds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "FADE", 50)
+    asked = [("1010", 40), ("0101", 40), ("1001", 1)]
+    assert "1001" in ["".join(str(int(on)) for on in key.own) for key in crowded(asked)[0].instead]
+    assert crowded(asked)[0].crowded() == []
+    programs = crowded([*asked, ("1010", 200)])[0]
+    assert programs.instead.keys() <= programs.asked.keys()
+
+
+@pytest.mark.parametrize("memory", [1.5, 3.0, 4.0, 5.0, 6.0])
+def test_a_chain_whose_every_pattern_is_asked_for_stays_within_its_memory(memory: float) -> None:
+    units = make_net("static", "channels", name="conv4", parts=4).backbone.routable
+    programs = Programs(
+        units, memory * sum(4 * sum(p.numel() for p in unit.parameters()) for unit in units), packed=False
+    )
+    widths = [tuple(g < kept for g in range(4)) for kept in range(1, 5)]
+    for _ in range(2 * LOOK_AGAIN):
+        for u, unit in enumerate(units):
+            for own, above in itertools.product(widths, widths if unit.reads is not None else [None]):
+                programs.of(Key(u, own, above))
+    assert programs.bytes <= programs.limit
+
+
+def test_a_net_that_decides_nothing_follows_its_limit() -> None:
+    net, x = make_net("static", "channels", parts=4), pictures(3)
+    fast, (low, high) = FastNet(net), net.span()
+    for share in (None, 0.5 * (low + high), None, low):
+        net.set_limit(share)
+        assert torch.equal(fast(x).trace.keep_BUG, net(x).trace.keep_BUG)
+    assert not torch.equal(net(x).trace.keep_BUG, net.dense_routes(3))
+
+
+def test_memory_for_gathering_grows_with_the_minibatch() -> None:
+    scratch, x = Scratch(), pictures(6).contiguous(memory_format=torch.channels_last)
+    for index in ([1, 0], [3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 1]):
+        assert torch.equal(scratch.gathered(x, index), x[index])

@@ -99,3 +99,9 @@ def test_remarks_reach_screen_log_and_table(tmp_path: Path, capsys: pytest.Captu
     watched = {key: float(row[f"calib_{key}"]) for key in ("executed", "entropy", "always_on", "never_on")}
     assert watched == {"executed": 1, "entropy": 0, "always_on": 6, "never_on": 0}
     assert "1.000 of the parts run, 1 routes, entropy 0.00, 6 parts always on, 0 never" in printed
+
+
+def test_a_share_is_missed_from_a_twentieth_on_either_side() -> None:
+    for target in (0.84, 0.96):
+        assert f"{target:.3f} are asked for" in said(target=None, target_share=target)
+    assert said(target=None, target_share=0.86) == ""

@@ -65,7 +65,7 @@ class Calibration:
         best: list[list[Point]] = []  # the longest chain that ends in each point, dearest first
         for point in sorted(self.points.values()):
             before = [chain for chain in best if chain[-1].share >= point.share]
-            best.append([*max(before, key=_length, default=[]), point])
+            best.append(max(([*chain, point] for chain in before), key=_length, default=[point]))
         return max(best, key=_length, default=[])[::-1]
 
     def span(self) -> tuple[float, float]:
