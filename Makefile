@@ -177,13 +177,18 @@ shapes: .venv/ready
 	$(call rows,shapes,$(SHAPES),0.4 0.5 0.6)
 	$(BIN)/python experiments/easy_is_cheap.py runs/shapes/rnr runs/shapes/dense --out experiments/results/shapes_easy.csv
 
-# The given dense net, its filters pruned by a library to three shares, fine-tuned for as long as the static rows of cifar10.
+# The given dense net, its filters pruned by a library to three shares, fine-tuned for as long as the static rows of cifar10; so
+# too the net of conv4, for as long as RNP's CNN there.
 pruned: .venv/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[controls]'
 	$(BIN)/dynroute train -c experiments/cifar10/given.yaml data.path=$(DATA) --out runs/cifar10/given --resume
 	$(BIN)/python experiments/prune.py runs/cifar10/given $(foreach s,0.4 0.6 0.8,--share $(s)) --by l1 --by taylor --by group \
 	  --epochs 8 --out runs/cifar10/pruned --resume
 	@for run in runs/cifar10/pruned/prune_*; do $(call published,$$run,experiments/results/cifar10,$${run##*/}) || exit 1; done
+	$(call rows,conv4,start)
+	$(BIN)/python experiments/prune.py runs/conv4/start $(foreach s,0.23 0.37 0.61,--share $(s)) --by l1 --by taylor --by group \
+	  --epochs 7 --out runs/conv4_pruned --resume
+	@for run in runs/conv4_pruned/prune_*; do $(call published,$$run,experiments/results/conv4,$${run##*/}) || exit 1; done
 	@$(MAKE) table
 
 cifar100: .venv/ready
