@@ -48,7 +48,8 @@ class TopOptions:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     threads: int = 0
-    """CPU threads; 0: as many as this process may use."""
+    """CPU threads; 0: as many as this process may use. Two runs at once on the same processors want threads=1 each: threads of
+    programs that share a processor wait for one another, and all of it takes many times as long."""
 
     def __post_init__(self) -> None:
         """Raise InputError on the first value out of range."""
