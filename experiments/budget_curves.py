@@ -35,10 +35,11 @@ Point = dict[str, Any]
 
 
 def rows_of(folder: Path, name: str) -> list[Point]:
-    """A run's own test rows without a limit on every image; none where it has not been evaluated."""
+    """A run's own test rows, last checkpoint, without a limit on every image; none where it has not been evaluated."""
     path = folder / f"{name}.csv"
     rows = read_eval(path) if path.exists() else []
-    return [r for r in rows if r["split"] == "test" and not r["control"] and r["flops_max"] is None]
+    own = [r for r in rows if r["split"] == "test" and not r["control"] and r["flops_max"] is None]
+    return [r for r in own if r["checkpoint"] in ("", "last")]
 
 
 def points(folder: Path) -> list[Point]:

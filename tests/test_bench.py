@@ -35,7 +35,7 @@ from dynroute.bench import (
 )
 from dynroute.bench.others import Unavailable
 from dynroute.cli import main
-from dynroute.contracts import InputError
+from dynroute.contracts import InputError, UnitSpec
 from dynroute.net import RoutedNet
 from dynroute.provenance import affinity, environment
 from dynroute.records import BENCH_COLUMNS, BenchRow, merge_bench, read_rows
@@ -204,6 +204,13 @@ def test_uniform_routes_are_legal_and_even(unit: str) -> None:
         wanted = {"choice": spec.parts, "free": 2**spec.parts, "nested": spec.parts + spec.skippable}[spec.form]
         assert len(counts) == wanted and counts.min() > 0.8 * 4000 / wanted
     assert torch.equal(routes, uniform_routes(specs, 4000))
+
+
+def test_uniform_routes_of_free_parts_hold_the_first_where_one_must_run() -> None:
+    spec = UnitSpec("own", 4, 3, "free", False, (1 / 3,) * 3)
+    keep = uniform_routes([spec], 4000)[:, 0]
+    assert torch.equal(legal(keep, spec), keep)
+    assert keep.unique(dim=0, return_counts=True)[1].min() > 800 and len(keep.unique(dim=0)) == 4
 
 
 def test_random_routes_are_those_of_the_random_router() -> None:

@@ -62,6 +62,7 @@ def test_the_three_curves_of_a_method(script: ModuleType, tmp_path: Path, capsys
             row("dmnn_60", 0.6, 0.6, 0.65),
             row("dmnn_60", 0.6, 0.6, 0.1, control="shuffled"),
             row("dmnn_60", 0.6, 0.5, 0.2, flops_max=0.5),
+            row("dmnn_60", 0.6, 0.6, 0.3, checkpoint="best"),
         ],
     }
     for name, rows in tables.items():

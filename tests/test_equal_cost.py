@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dynroute.records import EvalRow, write_rows
+from dynroute.records import BenchRow, EvalRow, merge_bench, read_rows, write_rows
 from dynroute.report import Comparison, compare
 from dynroute.report.cells import cells, control_cells
 from dynroute.report.controls import Point, frontier, neighbours
@@ -47,6 +48,65 @@ def test_only_what_no_cheaper_net_matches_is_a_control() -> None:
 def test_a_cost_stands_between_its_neighbours(cost: float, weights: dict[int, float], relation: str) -> None:
     near = neighbours(cost, [0.2, 0.6], tolerance=0.02, dearest=0.7)
     assert (near.weights, near.relation) == (pytest.approx(weights), relation)
+
+
+def test_a_static_net_set_to_a_target_is_no_narrower_net(tmp_path: Path) -> None:
+    """Its weights are those of the width it was trained at: at another one it is worth nothing."""
+    dialled = [net("static", 0.5, 0.12, flops_target=0.5), net("static", 0.55, 0.11, flops_max=0.6)]
+    made = compare(save(tmp_path / "r", *STATIC, net("dmnn", 0.5, 0.86), *dialled), tmp_path / "out")
+    (line,) = lines(made, method="dmnn", control="static, narrower")
+    assert line["control_top1"] == pytest.approx(0.85)
+    with (tmp_path / "out" / "accuracy_flops.csv").open(newline="") as file:
+        series = {float(r["share"]): r["series"] for r in csv.DictReader(file)}
+    assert {share: series[share] for share in (0.25, 0.75)} == {0.25: "static", 0.75: "static"}
+    assert series[0.5] != "static"
+
+
+def test_the_static_line_of_a_picture_is_of_one_dense_net(tmp_path: Path) -> None:
+    """Nets of another width are parts of another whole: the table compares by multiply-adds, the picture by shares."""
+    wide = [
+        net("static", s, t, run=f"w{s}", config_hash=f"w{s}", macs_mean=s * 160e6)
+        for s, t in ((0.25, 0.92), (1.0, 0.95))
+    ]
+    compare(save(tmp_path / "r", *STATIC, *wide, net("dmnn", 0.5, 0.86)), tmp_path / "out")
+    with (tmp_path / "out" / "accuracy_flops.csv").open(newline="") as file:
+        places = {r["macs_dense"]: 0 for r in csv.DictReader(file)}
+    assert list(places) == ["40000000.0", "160000000.0"]
+    svg = (tmp_path / "out" / "accuracy_flops.svg").read_text()
+    assert "of 40 M multiply-adds" in svg and "of 160 M multiply-adds" in svg
+
+
+@pytest.mark.parametrize(("clock", "compared"), [("thread", True), ("wall", False)])
+def test_times_of_two_clocks_are_not_compared(tmp_path: Path, clock: str, compared: bool) -> None:
+    folders = save(tmp_path / "r", *STATIC, net("dmnn", 0.5, 0.86))
+    for folder, ms in zip(folders, (3.0, 2.0, 5.0), strict=True):
+        by = clock if folder.name.startswith("dmnn") else "thread"
+        merge_bench(folder / "bench.csv", [bench_row(ms, by)])
+    made = compare(folders, tmp_path / "out")
+    assert bool([x for x in lines(made, method="dmnn") if x["basis"] != "FLOPs"]) is compared
+
+
+def test_a_bench_by_another_clock_takes_no_rows_place(tmp_path: Path) -> None:
+    for ms, clock in ((3.0, "thread"), (9.0, "wall"), (4.0, "thread")):
+        merge_bench(tmp_path / "bench.csv", [bench_row(ms, clock)])
+    assert [(r["clock"], float(r["latency_ms_p50"])) for r in read_rows(tmp_path / "bench.csv")] == [
+        ("wall", 9),
+        ("thread", 4),
+    ]
+
+
+def bench_row(ms: float, clock: str) -> BenchRow:
+    return BenchRow(
+        **{
+            "run": "r",
+            "method": "m",
+            "backbone": "resnet20",
+            "dataset": "cifar10",
+            "mode": "skipping",
+            "machine": "box",
+        },
+        **{"latency_ms_p50": ms, "images_per_s": 1e3 / ms, "clock": clock},  # type: ignore[arg-type]
+    )
 
 
 def test_each_kind_of_static_net_is_a_control_of_its_own(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dynroute import report
 from dynroute.contracts import InputError
@@ -255,3 +256,30 @@ def test_the_number_of_sub_blocks_and_the_ablation_tell_runs_apart(tmp_path: Pat
 def test_hours_follow_the_work() -> None:
     assert papers.recipes.hours("imagenet", 3.96e9, 120) == pytest.approx(120 * 1_281_167 * 6 * 3.96e9 / 3e13 / 3600)
     assert papers.recipes.hours("cifar10", 1e6, 10) == pytest.approx(500_000 / 5000 / 3600)
+
+
+@pytest.mark.parametrize("ours", [{"resource": "flops"}, {"budget": [0.35, 0.9]}])
+def test_what_is_ours_is_not_the_papers(tmp_path: Path, ours: dict[str, Any]) -> None:
+    """Trained by another loss, or for all budgets, a net stands for no row of the paper, however near its cost."""
+    told = {"target": 0.7, "category": True, "previous": True}
+    for name, share, router in (("paper", 0.73, {"resource": "dmnn"}), ("ours", 0.70, ours)):
+        merge_eval(tmp_path / name / "eval.csv", row(share, 0.7, run=name, config_hash=name, flops_target=0.7, **CIFAR))
+        values = {"backbone": {"parts": None}, "router": {**told, **router}}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(values))
+    made = compare([tmp_path / "paper", tmp_path / "ours"], tmp_path / "out", ["dmnn:tab3"])
+    (paper,) = made.papers
+    assert {r["run"] for r in paper.rows} == {"", "paper"}
+
+
+def test_a_net_of_one_charge_stands_before_one_of_all_budgets(tmp_path: Path) -> None:
+    """RNP's papers train a net for each cost; our recipe's one net stands for a row only where there is no other."""
+    place = {"dataset": "cifar10", "backbone": "conv4", "method": "rnp"}
+    for name, share in (("one", 0.183), ("any", 0.171)):
+        merge_eval(tmp_path / name / "eval.csv", row(share, 0.7, run=name, config_hash=name, **place))
+        budget = [0.2, 0.9] if name == "any" else None
+        values = {"backbone": {"parts": None}, "router": {"charge": [0.1], "budget": budget}}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(values))
+    for given, wanted in ((["one", "any"], "one"), (["any"], "rnp")):
+        (paper,) = compare([tmp_path / name for name in given], tmp_path / "out", ["rnp:fig-cifar10"]).papers
+        assert wanted in {r["run"] for r in paper.rows if r["method"] == "rnp"}
+        assert len({r["run"] for r in paper.rows} - {""}) == 1

@@ -98,6 +98,29 @@ def test_evenly_spaced_costs_fall_evenly_into_bins(tmp_path: Path) -> None:
     assert set(data["images"]) == {10} and len(data) == 26
 
 
+@pytest.mark.parametrize("cheapest", [0.249996, 0.27496, 0.3, 0.30004])
+def test_the_first_bin_begins_below_the_cheapest_image(tmp_path: Path, cheapest: float) -> None:
+    shares = np.r_[[cheapest] * 50, np.linspace(0.31, 0.6, 950) ** 1.01]
+    data = costs._histogram(replace(routed(make_run(tmp_path)), images=pd.DataFrame({"share": shares})))
+    assert data["images"].sum() == 1000 and data["images"].iloc[0] >= 50
+
+
+def test_a_limit_and_the_best_checkpoint_have_panels_of_their_own(tmp_path: Path) -> None:
+    """A row of a histogram says its target alone."""
+    folder = make_run(tmp_path / "runs")
+    own = list(csv.DictReader((folder / "eval.csv").open()))
+    routes_ = list(csv.DictReader((folder / "routes.csv").open()))
+    changes: list[dict[str, str]] = [{"flops_max": "0.9"}, {"checkpoint": "best"}]
+    write_rows(folder / "eval.csv", [one | change for change in ({}, *changes) for one in own])
+    write_rows(
+        folder / "routes.csv", [{**one, "flops_max": "", **change} for change in ({}, *changes) for one in routes_]
+    )
+    compare([folder], tmp_path / "out")
+    assert len({line["run"] for line in lines_of(tmp_path / "out", "flops_histogram")}) == 3
+    svg = (tmp_path / "out" / "flops_histogram.svg").read_text()
+    assert "best" in svg and "max 0.9" in svg
+
+
 def test_mean_cost_by_class_and_its_interval(tmp_path: Path) -> None:
     table = costs.class_costs(routed(make_run(tmp_path)))
     assert list(table["class"]) == ["cat", "dog"] and list(table["images"]) == [4, 4]

@@ -10,7 +10,7 @@ from dynroute import runs
 from dynroute.cli import main, parse_seeds
 from dynroute.config import load_config
 from dynroute.contracts import InputError
-from dynroute.report.read import base_name
+from dynroute.records import base_name
 
 
 def test_seeds_get_folders_of_their_own() -> None:
@@ -44,3 +44,19 @@ def test_the_command_trains_each_and_goes_on(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(runs, "train", train)
     assert main(["train", "--seeds", "1,4", "--out", str(tmp_path / "x"), "--resume", "router.epochs=1"]) == 0
     assert trained == [(1, "x-s1", True), (4, "x-s4", True)]
+
+
+def test_seeds_of_several_stages_have_one_hash() -> None:
+    """Each stage starts from, or learns from, that of its own seed; the names of these runs hold the seed."""
+    for words in (
+        ["backbone.weights=runs/gpu/dense-s{}", "router.name=rnr"],
+        ["backbone.weights=runs/widths_seed{}", "optim.teacher=runs/dense-s{}", "router.name=rnr"],
+        ["router.name=cascade", "backbone.nets=[runs/narrow-s{0},runs/dense-s{0}]", "backbone.widths=[0.5,1.0]"],
+    ):
+        hashes = {
+            load_config(None, ["data.name=cifar10", f"seed={n}", *(word.format(n) for word in words)]).hash()
+            for n in range(3)
+        }
+        assert len(hashes) == 1, words
+    one, other = (load_config(None, [f"backbone.weights=runs/{name}"]).hash() for name in ("dense-s0", "wide-s0"))
+    assert one != other

@@ -23,6 +23,7 @@ from dynroute.backbones import BackboneOptions
 from dynroute.contracts import InputError, unknown
 from dynroute.data import DataOptions
 from dynroute.optim import OptimOptions
+from dynroute.records import base_name
 from dynroute.routers import Method, ranged
 
 CONFIG_FILE = "config.yaml"
@@ -96,7 +97,11 @@ class Config:
         return _commented(text, self._classes()) if comments else text
 
     def hash(self) -> str:
-        """Eight hex digits of what makes the experiment: not of name, seed, machine, or where files lie."""
+        """Eight hex digits of what makes the experiment: not of name, seed, machine, or where files lie.
+
+        Other runs that it starts from or learns from count by their names less the seed, so that the seeds of an experiment
+        of several stages have one hash.
+        """
         values = self.as_dict()
         for key in dataclasses.asdict(self.top):
             del values[key]
@@ -110,8 +115,8 @@ class Config:
         body = values["backbone"]
         for section, key in ((body, "weights"), (values["optim"], "teacher")):
             if section[key]:
-                section[key] = Path(section[key]).name
-        body["nets"] = [Path(run).name for run in body["nets"]]
+                section[key] = base_name(Path(section[key]).name)
+        body["nets"] = [base_name(Path(run).name) for run in body["nets"]]
         for section in ("backbone", "optim"):  # lists not used leave hashes as they were
             values[section] = {k: v for k, v in values[section].items() if v != []}
         for key in ("path_width", "path_least") if body["unit"] != "paths" else ():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dynroute.assembly import dense_twin
-from dynroute.bench import Plan, bench
+from dynroute.bench import Plan, bench, choose_clock
 from dynroute.config import Config
 from dynroute.contracts import InputError
 from dynroute.data import DataSpec
@@ -41,6 +41,9 @@ def latency_table(
     rows = [row for row in rows if not row.get("flops_max")]  # of the net without a limit on each image
     if rows and not {"mode", "macs_share", "images_per_s"} <= rows[0].keys():
         raise InputError(f"{path} is not a latency table: columns mode, macs_share and images_per_s are missing")
+    usual = _matching(rows, {"clock": choose_clock("auto", threads, device)[0]})
+    if len(_matching(usual, wanted | {"routes": "router"})) > 1:  # else of another clock
+        rows = usual
     own = _matching(rows, wanted | {"routes": "router"})
     if len(own) < 2:
         command = f"dynroute bench {folder} --flops-target 0.4 --flops-target 0.8 --batch 1 --threads {threads}"

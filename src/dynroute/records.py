@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,7 +135,7 @@ class BenchRow:
 
 
 BENCH_COLUMNS = tuple(f.name for f in fields(BenchRow))
-BENCH_KEY = ("mode", "flops_target", "flops_max", "checkpoint", "rate", "batch", "threads", "device", "dtype")
+BENCH_KEY = ("mode", "flops_target", "flops_max", "checkpoint", "rate", "batch", "threads", "device", "dtype", "clock")
 EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))
 LATER = frozenset(
     {"control", "price_other", "price_part", "share_low", "share_high", "flops_max", "latency_ms_mean", "precision"}
@@ -299,7 +300,7 @@ def image_setting(split: str, target: float | None, most: float | None, checkpoi
 
 
 def merge_bench(path: Path, rows: Sequence[BenchRow]) -> None:
-    """Add rows to a bench.csv in place of those of the same mode, setting, checkpoint, batch, threads, device and type."""
+    """Add rows to a bench.csv in place of those of the same mode, setting, checkpoint, batch, threads, device, type and clock."""
     with locked(path.parent):
         _merge_bench(path, rows)
 
@@ -328,6 +329,11 @@ def _value(path: Path, column: str, text: str) -> Any:
         return float(text)
     except ValueError:
         raise InputError(f"{path}: {column} is {text!r}, not a number") from None
+
+
+def base_name(run: str) -> str:
+    """The name of a run or of its folder without its seed: `dmnn-seed3` and `dmnn_s3` are both `dmnn`."""
+    return re.sub(r"[-_](seed|s)\d+$", "", run)
 
 
 def nearest(folder: Path) -> str:

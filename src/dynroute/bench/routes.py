@@ -95,7 +95,8 @@ def uniform_routes(specs: Sequence[UnitSpec], images: int, seed: int = 0) -> Ten
         elif spec.form == "nested":
             keep_NG = places_G < torch.randint(least, spec.parts + 1, (images, 1), generator=drawing)
         else:
-            number_N = torch.randint(least, 1 << spec.parts, (images, 1), generator=drawing)
+            number_N = torch.randint(1 << spec.parts, (images, 1), generator=drawing)
+            number_N = number_N if spec.skippable else number_N | 1  # which holds the first part
             keep_NG = number_N >> places_G & 1
         keep_NUG[:, u, : spec.parts] = keep_NG.float()
     return keep_NUG

@@ -24,7 +24,7 @@ CELLS: dict[str, Callable[[dict[Any, Any]], str]] = {
     "top-1 %": lambda r: _accuracy(r["top1"], r["top1_std"], r["n_seeds"]),
     "seeds": lambda r: f"n={r['n_seeds']}",
     "vs static": lambda r: _versus(r["vs_static"], r["vs_static_low"]),
-    "95 % interval": lambda r: _interval(r["vs_static_low"], r["vs_static_high"]),
+    "95 % interval": lambda r: _interval(r["vs_static_low"], r["vs_static_high"], r["vs_static_interval"]),
     "latency ms": lambda r: _number(r["latency_ms"], ".2f"),
     "speed-up": lambda r: _number(r["speedup"], ".2f", "x"),
     "epochs": lambda r: _number(r["epochs"], "g"),
@@ -191,8 +191,8 @@ def _accuracy(mean: float, std: float, seeds: int) -> str:
     return f"{100 * mean:.2f}" + (f" +- {100 * std:.2f} ({seeds})" if seeds > 1 else "")
 
 
-def _interval(low: float, high: float) -> str:
-    return f"{low:+.2f} to {high:+.2f}" if low == low else ""
+def _interval(low: float, high: float, kind: str) -> str:
+    return f"{low:+.2f} to {high:+.2f}" + (" p" if kind == "paired" else "") if low == low else ""
 
 
 def _versus(points: float, low: float) -> str:

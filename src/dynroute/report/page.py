@@ -22,11 +22,12 @@ MARKED = ("missed", NOT_BEATEN)  # words of a cell that call for attention
 NOTES = (
     "FLOPs (multiply-adds): a multiply-add of a convolution or linear layer counts once, as in the papers. "
     "An image is charged for the parts that it runs, router included; the table gives the mean over images.",
-    "share: that mean as a part of the dense net's multiply-adds. missed: over 0.02 away from the target.",
+    "share: that mean as a part of the dense net's multiply-adds. missed: over 0.02 away from the target, in any seed.",
     "top-1: mean +- sample standard deviation (number of seeds). n=1: a single run, its spread unknown.",
     "vs static: top-1 less that of narrower static nets of equal multiply-adds, in points, on the straight line between the two "
     "neighbouring ones that no cheaper one matches, or that of a single one within 0.02 of that share. Empty elsewhere. "
-    "not beaten: its 95 % interval reaches zero or below.",
+    "not beaten: its 95 % interval reaches zero or below. p: of an interval over the same test images (paired), half as wide; "
+    "the others are independent.",
 )
 TIME_NOTE = "latency: milliseconds per image at the smallest batch and fewest threads that were timed, in the net's fastest form."
 CONTROLS_HEADING = "Routed rows beside their controls:"

@@ -35,6 +35,7 @@ OURS = {  # reported method -> ours
     "vanilla": STATIC,
     "slimmable-0.75": "slimmable",
 }
+BUDGET = "budget"  # variant of a net for all budgets
 WORDS = ("paper", "table", "dataset", "method", "backbone", "certainty", "note")  # the rest are numbers
 
 
@@ -108,13 +109,15 @@ def _share(paper: Row) -> float | None:
 
 
 def _reproduced(paper: Row, share: float | None, runs: list[Row]) -> Row | None:
-    """The run that stands for a reported row; of several one trained for its target, then the nearest in share.
-
-    Never the most accurate.
+    """The run that stands for a reported row; of several one trained for its target, or by the paper's one charge rather than
+    for all budgets, then the nearest in share. Never the most accurate.
     """
     found = [run for run in runs if _matches(paper, share, run)]
     trained = [run for run in found if _as_trained(paper, run)]
-    return min(trained or found, key=lambda r: (abs(r["macs_share"] - (share or 1)), r["label"]), default=None)
+    single = [run for run in found if run["variant"] != BUDGET]
+    return min(
+        trained or single or found, key=lambda r: (abs(r["macs_share"] - (share or 1)), r["label"]), default=None
+    )
 
 
 def _matches(paper: Row, share: float | None, run: Row) -> bool:
@@ -125,7 +128,8 @@ def _matches(paper: Row, share: float | None, run: Row) -> bool:
     wanted = {"dataset": paper["dataset"], "backbone": recipes.backbone(paper), "method": method}
     if any(run[name] != value for name, value in wanted.items()):
         return False
-    if run["variant"] != recipes.VARIANTS.get(paper["method"], "") or not _same_parts(paper, run):
+    told = "" if paper["method"] == "rnp" and run["variant"] == BUDGET else run["variant"]  # as our recipe trains it
+    if told != recipes.VARIANTS.get(paper["method"], "") or not _same_parts(paper, run):
         return False
     if whole:
         return target != target and run["macs_share"] > 0.99  # full width; nan: no target

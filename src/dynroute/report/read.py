@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynroute.contracts import InputError
-from dynroute.records import BENCH_FILE, EVAL_FILE, RIGHT_FILE, ROUTES_FILE, TRAIN_FILE, read_eval
+from dynroute.records import BENCH_FILE, EVAL_FILE, RIGHT_FILE, ROUTES_FILE, TRAIN_FILE, base_name, read_eval
 from dynroute.report.timing import of_row, read_times
 
 Row = dict[str, Any]
@@ -71,11 +70,6 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], list[LeftOut]]:
     if not rows:
         raise InputError(_nothing(left_out))
     return rows, left_out
-
-
-def base_name(run: str) -> str:
-    """The run's name without its seed: `dmnn-seed3` and `dmnn_s3` are both `dmnn`."""
-    return re.sub(r"[-_](seed|s)\d+$", "", run)
 
 
 def identity(row: Row) -> str:
@@ -150,7 +144,8 @@ def _timed(file: Path, left_out: list[LeftOut]) -> list[Row]:
 def _told(config: Path) -> Row:
     """What a run's own configuration tells beside its rows; empty where unknown. parts: into how many a block is cut.
 
-    variant: the options of DMNN's ablation that are off, or "aig", as `recipes.VARIANTS` names them.
+    variant: the options of DMNN's ablation that are off, or "aig", as `recipes.VARIANTS` names them; or what of ours stands in
+    the place of what its paper does: "flops" for the resource loss, "budget" for one net of all budgets.
     trained_for: router.target.
     """
     import yaml
@@ -159,8 +154,9 @@ def _told(config: Path) -> Row:
         values = yaml.load(config.read_text(encoding="utf-8"), _loader())
         parts, router = values["backbone"]["parts"], values["router"]
         off = " ".join(name for name in ("category", "previous") if router.get(name) is False)
-        variant = "aig" if router.get("resource") == "aig" else off
-        target = router.get("target")
+        budget, resource = router.get("budget"), router.get("resource")
+        variant = "budget" if budget else resource if resource in ("aig", "flops") else off
+        target = None if budget else router.get("target")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return {"parts": "", "variant": "", "trained_for": ""}
     trained_for = f"{target:g}" if isinstance(target, int | float) else ""
@@ -186,15 +182,17 @@ def _setting(row: Row) -> tuple[Any, ...]:
 
 
 def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOut]]:
-    """Keep one of the rows alike in setting and seed: counted twice, they would pass for two seeds.
+    """Keep one of the nets' own rows alike in setting and seed, with its controls: twice, they would pass for two seeds.
 
     The one trained for more epochs, if the other was stopped; else the last. Of rows that are the same throughout, the one
-    with its routes at hand.
+    with its routes at hand. A control of a row that is not kept goes with it.
     """
     kept: dict[tuple[Any, ...], tuple[Path, Row]] = {}
     repeats: dict[LeftOut, None] = {}
     for file, row in found:
-        key = (*_setting(row), row["control"])
+        if row["control"]:
+            continue
+        key = _setting(row)
         same = key in kept and _numbers(kept[key][1]) == _numbers(row)
         if same and kept[key][1]["routes_file"] and not row["routes_file"]:
             continue
@@ -205,7 +203,14 @@ def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOu
             reason = f"same configuration, seed and target as {_shown(file)}, which is shown in its place"
             repeats[LeftOut(_shown(kept[key][0]), reason)] = None
         kept[key] = (file, row)
-    return [row for _, row in kept.values()], list(repeats)
+    own = {(file, _setting(row)): _numbers(row) for file, row in found if not row["control"]}
+    controls: dict[tuple[Any, ...], Row] = {}
+    for file, row in found:
+        setting, key = _setting(row), (*_setting(row), row["control"])
+        source, net = kept[setting]
+        if row["control"] and own[file, setting] == _numbers(net) and (key not in controls or file == source):
+            controls[key] = row
+    return [row for _, row in kept.values()] + list(controls.values()), list(repeats)
 
 
 def _numbers(row: Row) -> str:

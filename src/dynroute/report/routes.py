@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 SHUFFLES, SHUFFLE_SEED = 20, 0
 NOTES = (
-    "routes: one run for each configuration, the lowest seed; test images, last checkpoint. most common: the share of the images "
-    "that take it, the accuracy on these images, and, where `eval --controls` has been run, its accuracy as a static net on all.",
+    "routes: one run for each configuration, the lowest seed; test images, last checkpoint unless its name ends in best. "
+    "most common: the share of the images that take it, the accuracy on these images, and, where `eval --controls` has been "
+    "run, its accuracy as a static net on all.",
     "entropy: of the choice that a unit makes, over the images, in bits, mean and highest over units. "
     "0: the same choice for every image.",
     "information on class (superclass): mutual information of the whole route and the label, in bits, plug-in estimate; "

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynroute.records import EVAL_COLUMNS, NUMBERS
+from dynroute.records import EVAL_COLUMNS, NUMBERS, base_name
 from dynroute.report import controls
-from dynroute.report.controls import STATIC, TOLERANCE
-from dynroute.report.read import BESIDE, LeftOut, Row, base_name, identity
+from dynroute.report.controls import STATIC, TOLERANCE, as_trained
+from dynroute.report.read import BESIDE, LeftOut, Row, identity
 from dynroute.report.timing import Clock, Taken
 
 if TYPE_CHECKING:  # pandas takes a while to import, and most commands do not need it
@@ -33,7 +33,16 @@ COLUMNS = (
         "macs_p95",
     ),
     *("router_share", "top1", "top1_std", "top5", "n_seeds", "n", "reached", "static_top1", "vs_static"),
-    *("vs_static_low", "vs_static_high", "latency_ms", "latency_clock", "speedup", "epochs", "params"),
+    *(
+        "vs_static_low",
+        "vs_static_high",
+        "vs_static_interval",
+        "latency_ms",
+        "latency_clock",
+        "speedup",
+        "epochs",
+        "params",
+    ),
     *(
         "parts",
         "variant",
@@ -62,15 +71,16 @@ def build(rows: list[Row], left_out: list[LeftOut]) -> Tables:
     """The tables of rows that `read` found, pooled over seeds. A right.csv that cannot be read is added to left_out.
 
     Rows of the controls made from a line's own routes (column control) stand under it.
-    top1_std: sample standard deviation over seeds, empty for one. reached: share within 0.02 of the target.
-    static_top1: top-1 of the narrower static nets of equal multiply-adds; vs_static: top1 less that, in points of a percent.
+    top1_std: sample standard deviation over seeds, empty for one. reached: the share of every seed within 0.02 of the target.
+    static_top1: top-1 of the narrower static nets of equal multiply-adds; vs_static: top1 less that, in points of a percent;
+    vs_static_interval: paired (over the same test images) or independent.
     latency_ms: per image in the mean, of the smallest batch and fewest threads that were timed, as latency_clock says.
     """
     table = pool(rows)
     lines = controls.build(table.to_dict("records"), left_out)  # type: ignore[arg-type]
     near = controls.at_equal_cost(lines)
-    columns = ["static_top1", "vs_static", "vs_static_low", "vs_static_high"]
-    table[columns] = near[["control_top1", "difference", "low", "high"]].set_axis(columns, axis=1)
+    columns = ["static_top1", "vs_static", "vs_static_low", "vs_static_high", "vs_static_interval"]
+    table[columns] = near[["control_top1", "difference", "low", "high", "interval"]].set_axis(columns, axis=1)
     main = table.reindex(columns=list(COLUMNS)).astype({"n": "Int64", "params": "Int64"})
     return Tables(main, lines)
 
@@ -100,7 +110,7 @@ def empty() -> Tables:
 
 def _pool(part: pd.DataFrame) -> dict[str, Any]:
     """One line of the table from the rows of its seeds."""
-    target, share = part["flops_target"].iloc[0], part["macs_share"].mean()
+    target = part["flops_target"].iloc[0]
     asked = target == target and not part["control"].iloc[0]  # nan: no target; controls are not asked to meet one
     first = part.iloc[0]
     return {
@@ -112,7 +122,7 @@ def _pool(part: pd.DataFrame) -> dict[str, Any]:
         "params": part["params"].max(),
         **{name: first[name] for name in ("parts", "variant", "trained_for", "flops_max", "checkpoint")},
         "right_files": list(part["right_file"]),
-        "reached": bool(abs(share - target) <= TOLERANCE + 1e-9) if asked else None,
+        "reached": bool((abs(part["macs_share"] - target) <= TOLERANCE + 1e-9).all()) if asked else None,
         **_times(part),
         "seeds": _join(f"{seed:.0f}" for seed in sorted(part["seed"])),
         "runs": _join(part["run"]),
@@ -167,6 +177,6 @@ def _told_apart(identity: str) -> tuple[str, str]:
 
 def chord(part: pd.DataFrame) -> tuple[list[float], list[float]]:
     """Shares and accuracies of a place's static nets, between which a routed row's control is read off: their frontier."""
-    static = part.loc[part["method"] == STATIC, ["macs_share", "top1"]]
+    static = part.loc[as_trained(part), ["macs_share", "top1"]]
     best = controls.frontier([controls.Point(share, top1, {}) for share, top1 in static.itertuples(index=False)])
     return [point.cost for point in best], [point.top1 for point in best]

@@ -21,23 +21,30 @@ LATER = {
     "images_per_s": "",
     "speedup": "",
     "ideal_share": "",
+    "clock": "",
 }  # what stands in for a column
 NEEDED = ("mode", "flops_target", "batch", "threads", "device", "latency_ms_p50", "macs_share", "machine")
 FULL = 0.99  # share of the dense net's multiply-adds from which a static net is the dense net
 
 
+CLOCKS = {"thread": "of processor time", "wall": "by the wall's clock", "cuda": "by CUDA's events"}
+
+
 class Clock(NamedTuple):
-    """What two times must share to be compared; they are per image."""
+    """What two times must share to be compared; they are per image. clock: of the thread, the wall's or cuda's; "": unknown."""
 
     batch: int
     threads: int
     device: str
     dtype: str
     machine: str
+    clock: str
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread" + ("s" if self.threads > 1 else "")
-        return ", ".join(filter(None, ("ms", f"batch {self.batch}", threads, self.device, self.dtype, self.machine)))
+        clock = CLOCKS.get(self.clock, self.clock)
+        told = (f"batch {self.batch}", threads, self.device, self.dtype, self.machine)
+        return ", ".join(filter(None, (f"ms {clock}".strip(), *told)))
 
 
 class Taken(NamedTuple):
@@ -70,7 +77,9 @@ def of_row(row: Mapping[str, Any], timed: Iterable[Row]) -> dict[Clock, Taken]:
             found[clock] = min(found.get(clock, taken), taken)
     if row["latency_ms_p50"] is not None and row["latency_batch"] and row["latency_threads"]:
         sizes = int(row["latency_batch"]), int(row["latency_threads"])
-        found.setdefault(Clock(*sizes, row["latency_device"], "fp32", row["machine"]), _taken(row))
+        device = row["latency_device"]
+        by = "cuda" if device.startswith("cuda") else "thread" if sizes[1] == 1 else "wall"  # as `eval` chooses
+        found.setdefault(Clock(*sizes, device, "fp32", row["machine"], by), _taken(row))
     return found
 
 
@@ -87,7 +96,9 @@ def _taken(row: Mapping[str, Any]) -> Taken:
 
 def clock_of(time: Row) -> Clock:
     """The clock of a row of `read_times`."""
-    return Clock(int(time["batch"]), int(time["threads"]), time["device"], time["dtype"], time["machine"])
+    return Clock(
+        int(time["batch"]), int(time["threads"]), time["device"], time["dtype"], time["machine"], time["clock"]
+    )
 
 
 def _typed(row: Mapping[str, str], file: Path) -> Row:

@@ -65,7 +65,7 @@ def _all(
     """Every picture, yet to be drawn: files have been read, so left_out is complete."""
     from dynroute.report.pictures import accuracy, costs, images, routes, training
 
-    runs = [list(part) for _, part in itertools.groupby(routed, key=lambda each: each.row["routes_file"])]
+    runs = [list(part) for _, part in itertools.groupby(routed, key=_run)]
     varied = [run for run in runs if any(each.varied for each in run)]
     one = [_middle(run) for run in varied]
     heat = [each for each in one if routes.drawable_rates(each)]
@@ -81,6 +81,11 @@ def _all(
         partial(_limited, routes.route_diagrams, one, out),
         partial(_limited, training.training_curves, curves, out),
     ]
+
+
+def _run(routed: Routed) -> tuple[str, str]:
+    """What the settings of one panel share; a limit on every image, or another checkpoint, is in the label."""
+    return routed.row["routes_file"], routed.label
 
 
 def _middle(run: list[Routed]) -> Routed:

@@ -1,4 +1,4 @@
-"""Accuracy against FLOPs and against latency, one panel per dataset and backbone."""
+"""Accuracy against FLOPs and against latency, one panel per dataset, backbone and dense net."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynroute.report.controls import Point, frontier
 from dynroute.report.pictures.style import SHARE_AXIS, Look, Picture, finish, looks, panels, series_name, shortened
 from dynroute.report.read import Row
 from dynroute.report.tables import PLACE, STATIC, chord, pool
-from dynroute.report.timing import Clock
+from dynroute.report.timing import CLOCKS, Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-FLOPS_COLUMNS = [*PLACE, "series", "flops_target", "share", "share_p5", "share_p95", "top1", "top1_std", "n_seeds"]
+DENSE = [*PLACE, "macs_dense"]  # shares are of these multiply-adds: nets of two widths share no axis
+FLOPS_COLUMNS = [*DENSE, "series", "flops_target", "share", "share_p5", "share_p95", "top1", "top1_std", "n_seeds"]
 CLOCK = list(Clock._fields)
 TIME_COLUMNS = [*PLACE, *CLOCK, "series", "flops_target", "latency_ms", "speedup", "top1", "n_seeds"]
 LINE = 0.2  # inches of a line of the legend
@@ -48,15 +49,27 @@ def flops_points(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["control"] == ""]
     dense = table["macs_mean"] / table["macs_share"]
     drawn = table.assign(
-        series=[series_name(method, label) for method, label in zip(table["method"], table["label"], strict=True)],
+        macs_dense=[float(f"{macs:.4g}") for macs in dense],
+        series=_series(table),
         share=table["macs_share"],
         share_p5=table["macs_p5"] / dense,
         share_p95=table["macs_p95"] / dense,
     )
-    places = set(table[PLACE].itertuples(index=False, name=None))
-    reported = [row for row in _reported(table) if (row["dataset"], row["backbone"]) in places]
+    places = drawn[DENSE].drop_duplicates().to_dict("records")
+    reported = [
+        row | place for place in places for row in _reported(table) if all(row[name] == place[name] for name in PLACE)
+    ]
     ours = drawn[[*FLOPS_COLUMNS, "method"]]
     return pd.concat([ours, pd.DataFrame(reported, columns=ours.columns)], ignore_index=True) if reported else ours
+
+
+def _series(table: pd.DataFrame) -> list[str]:
+    """What each row belongs to. A static net under a target of after its training is no point of the static nets' line."""
+    named = zip(table["method"], table["label"], table["flops_target"], strict=True)
+    return [
+        f"{label}, set to a target" if method == STATIC and target == target else series_name(method, label)
+        for method, label, target in named
+    ]
 
 
 def _reported(table: pd.DataFrame) -> list[Row]:
@@ -86,7 +99,7 @@ def accuracy_flops(table: pd.DataFrame, out: Path) -> Picture:
     """Fig. 4 of DMNN: any number of methods, the static nets as a line, the papers' points hollow."""
     data = flops_points(table)
     words = (FLOPS_WORDS[0], FLOPS_WORDS[1] + (PAPER_WORDS if (data["n_seeds"] == 0).any() else ""))
-    return _picture(data, FLOPS_COLUMNS, PLACE, _flops_panel, "accuracy_flops", words, out)
+    return _picture(data, FLOPS_COLUMNS, DENSE, _flops_panel, "accuracy_flops", words, out)
 
 
 def time_points(rows: Sequence[Row]) -> pd.DataFrame:
@@ -94,11 +107,12 @@ def time_points(rows: Sequence[Row]) -> pd.DataFrame:
     import pandas as pd
 
     timed: list[Row] = []
-    pooled = pool(list(rows)).to_dict("records") if any(row["times"] for row in rows) else []
-    for row in pooled:
+    pooled = pool(list(rows)) if any(row["times"] for row in rows) else pd.DataFrame()
+    named = zip(pooled.to_dict("records"), _series(pooled), strict=True) if len(pooled) else ()
+    for row, series in named:
         if row["control"] == "":
             own = {str(k): row[k] for k in (*PLACE, "method", "flops_target", "top1", "n_seeds")}
-            own["series"] = series_name(row["method"], row["label"])
+            own["series"] = series
             times = row["times"].items()
             timed += [
                 {**own, **clock._asdict(), "latency_ms": took.ms, "speedup": took.speedup} for clock, took in times
@@ -130,11 +144,12 @@ def _picture(
 ) -> Picture:
     """A panel for each value of `by`, one legend at the side."""
     places = list(data.groupby(by, dropna=False))
+    several = data.groupby(by, dropna=False).ngroups > data.groupby(PLACE, dropna=False).ngroups
     styles = _styles(data)
     short = shortened(list(styles))
     figure, axes = panels([2.5] * len(places), 4.6, extra=0.7 + 0.075 * max(map(len, short)))
     for ax, (place, part) in zip(axes, places, strict=True):
-        ax.set_title(_title(by, place))
+        ax.set_title(_title(by, place, several))
         ax.set_ylabel("top-1, %")
         ax.grid()
         ax.margins(0.06, 0.08)
@@ -152,16 +167,17 @@ def _picture(
     return finish(figure, data[columns], name, words, out)
 
 
-def _title(by: list[str], place: Any) -> str:
-    """Dataset and backbone, and below how it was timed."""
+def _title(by: list[str], place: Any, several: bool) -> str:
+    """Dataset and backbone, and below how it was timed, or of which dense net shares are, where there are several."""
     told = dict(zip(by, place, strict=True))
     title = ", ".join(str(told[k]) for k in PLACE)
     if "batch" not in told:
-        return title
+        return f"{title}\nof {told['macs_dense'] / 1e6:.4g} M multiply-adds" if several else title
     threads = f"{told['threads']} thread" + ("s" if told["threads"] > 1 else "")
     kind = "" if told["dtype"] == "fp32" else f", {told['dtype']}"
     machine = re.sub(r", \d+ threads$", "", told["machine"]) or told["device"]
-    return f"{title}\nbatch {told['batch']}, {threads}{kind}\n{shortened([machine], 44)[0]}"
+    clock = CLOCKS.get(told["clock"], "")
+    return f"{title}\nbatch {told['batch']}, {threads}{kind}, {clock}".rstrip(", ") + f"\n{shortened([machine], 44)[0]}"
 
 
 def _styles(data: pd.DataFrame) -> dict[str, Look]:
@@ -202,7 +218,7 @@ def _flops_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
     """Joined markers; upright bars: std over seeds; thin level bars: 5th to 95th percentile of image cost."""
     ax.set_xlabel(SHARE_AXIS)
     ours = part[part["n_seeds"] > 0]
-    _chord(ax, *chord(ours.assign(macs_share=ours["share"])))
+    _chord(ax, *chord(ours.assign(macs_share=ours["share"], method=ours["series"])))
     for series, rows in part.groupby("series"):
         name, rows = str(series), rows.sort_values("share")
         look, x, y = styles[name], 100 * rows["share"], 100 * rows["top1"]
@@ -215,7 +231,7 @@ def _flops_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
 
 def _time_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
     ax.set_xlabel("latency, ms an image (mean)")
-    static = part.loc[part["method"] == STATIC, ["latency_ms", "top1"]]
+    static = part.loc[part["series"] == STATIC, ["latency_ms", "top1"]]
     best = frontier([Point(ms, top1, {}) for ms, top1 in static.itertuples(index=False)])
     _chord(ax, [point.cost / 100 for point in best], [point.top1 for point in best])
     for series, rows in part.groupby("series"):

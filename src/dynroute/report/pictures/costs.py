@@ -56,7 +56,7 @@ def _histogram(routed: Routed) -> pd.DataFrame:
     step = float(np.median(np.diff(levels))) if len(levels) > 1 else 0.0
     even = STEPS[0] <= step <= STEPS[1]
     width = step * math.ceil(BIN / step - 1e-6) if even else BIN
-    start = levels[0] - step / 2 if even else math.floor(levels[0] / BIN + 1e-6) * BIN
+    start = levels[0] - step / 2 if even else math.floor(share.min() / BIN + 1e-6) * BIN
     edges = np.round(start + width * np.arange(math.floor((levels[-1] - start) / width + 1e-6) + 2), 6)
     counts, _ = np.histogram(share, edges)
     setting = {"run": routed.label, "flops_target": routed.row["flops_target"]}
