@@ -84,14 +84,30 @@ def test_check_unit_catches(mutant: type[ChoiceUnit], message: str) -> None:
 # --- the training run -------------------------------------------------------------------------------------------
 
 
+def learn(norm: nn.BatchNorm2d, given: tuple[Tensor]) -> None:
+    """What running statistics learn from fewer images than are enough, in proportion to their number."""
+    (y,) = given
+    pace = 0.1 * len(y) / FEW
+    assert norm.running_mean is not None and norm.running_var is not None
+    mean, var = y.detach().mean((0, 2, 3)), y.detach().var((0, 2, 3), correction=0)
+    norm.learned = ((1 - pace) * norm.running_mean + pace * mean, (1 - pace) * norm.running_var + pace * var)  # type: ignore[assignment]
+
+
 def by_hand(unit: ChoiceUnit, x: Tensor, keep: Tensor) -> Tensor:
     """ReLU(shortcut + sum_g keep_g body_g), each body a plain module run on the images that chose it."""
     out = unit.shortcut(x)
     for g, body in enumerate(unit.bodies):
         rows = keep[:, g].nonzero()[:, 0]
         if len(rows):
-            body.train(unit.training and (len(rows) >= FEW or len(rows) == len(x)))
+            enough = len(rows) >= FEW or len(rows) == len(x)
+            body.train(unit.training and enough)
+            seen = (
+                {} if enough else {n: n.register_forward_pre_hook(learn) for n in body if isinstance(n, nn.BatchNorm2d)}
+            )
             added = body(x[rows]) * keep[rows, g, None, None, None]
+            for norm, hook in seen.items():
+                hook.remove()
+                norm.running_mean, norm.running_var = norm.learned  # type: ignore[assignment]
             out = out.index_add(0, rows, added)
     return F.relu(out)
 

@@ -542,8 +542,9 @@ def test_folder_with_val_and_test_calibrates_on_val(tmp_path: Path) -> None:
 def test_imagenet_reads_val_as_test_at_224(tmp_path: Path) -> None:
     data = load(DataOptions(name="imagenet", path=str(image_folder(tmp_path))))
     assert (data.spec.image_size, data.spec.name, len(data.test)) == (224, "imagenet", 8)
-    assert isinstance(data.test, Split)
-    assert data.test.images.shape == (8, 224, 224, 3)
+    assert isinstance(data.test, FileSplit), "crops are of the whole picture, so small sets of them stay on disk too"
+    (batch,) = loader(data.test, data.spec, 8, train=False, workers=1)
+    assert batch.images.shape == (8, 3, 224, 224)
 
 
 def test_large_folders_stay_on_disk_and_give_the_same_evaluation(
@@ -565,6 +566,19 @@ def test_large_folders_stay_on_disk_and_give_the_same_evaluation(
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
         assert torch.equal(a.index, b.index)
+
+
+def test_a_folder_trains_alike_from_memory_and_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe must not depend on how many images there are."""
+    rng = np.random.default_rng(0)
+    for file in image_folder(tmp_path).glob("train/*/*.png"):
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(file)
+    small = load_folder(tmp_path)
+    monkeypatch.setattr(folder_room, "IN_MEMORY_BYTES", 1000)
+    big = load_folder(tmp_path)
+    assert isinstance(small.train, Split) and isinstance(big.train, FileSplit)
+    one, two = (epoch_of(data.train, data.spec, seed=1, workers=1) for data in (small, big))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
 def test_training_from_disk_is_the_same_whatever_the_number_of_workers(
@@ -596,7 +610,7 @@ def test_each_file_of_an_epoch_gets_its_own_crop(tmp_path: Path, monkeypatch: py
     for file in root.glob("train/*/*.jpg"):
         file.unlink()
     data = load_folder(root)
-    images, _ = epoch_of(data.train, data.spec, workers=1)
+    images, _ = epoch_of(data.train, replace(data.spec, name="imagenet"), workers=1)
     assert len(torch.unique(images, dim=0)) == len(images) == 6
     plain, _ = epoch_of(data.train, replace(data.spec, augment=False), workers=1)
     assert len(torch.unique(plain, dim=0)) == 1

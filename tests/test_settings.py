@@ -16,6 +16,7 @@ from dynroute.cost import CostTerms, NetCost
 from dynroute.net import RoutedNet
 from dynroute.routers import Limit, Router, State, options
 from dynroute.routers.draws import draws, image_hash
+from dynroute.routers.limit import MOST
 from dynroute.skipping import FastNet
 from dynroute.testing import random_routes
 from tiny import PAIRS, make_backbone, make_net, pictures
@@ -184,8 +185,8 @@ def test_options_are_the_legal_keeps(form: Any, skippable: bool) -> None:
 
 
 def test_too_many_free_parts_are_said() -> None:
-    with pytest.raises(InputError, match="at most 16 free parts"):
-        options(replace(CHAIN, form="free", parts=17))
+    with pytest.raises(InputError, match=f"at most {MOST} free parts"):
+        options(replace(CHAIN, form="free", parts=MOST + 1))
 
 
 def test_a_limit_at_the_cost_of_a_route_leaves_that_route_open_however_it_is_rounded() -> None:
@@ -221,8 +222,12 @@ def test_the_limit_is_kept_where_two_units_read_the_same_one() -> None:
         assert torch.equal(found[macs <= most], every[macs <= most]), "a route that fits was changed"
 
 
-def test_sixteen_free_parts_can_be_listed() -> None:
-    assert len(options(replace(CHAIN, form="free", parts=16))) == 2**15
+def test_as_many_free_parts_as_are_promised_have_tables() -> None:
+    wide = replace(CHAIN, form="free", parts=MOST, part_shares=(1 / MOST,) * MOST)
+    assert len(options(wide)) == 2 ** (MOST - 1), "the first part always runs"
+    limit = Limit(NetCost([CostTerms(0.0, (1.0,) * MOST)], [None], 0.0, 0.0, float(MOST)), [wide], 0.5)
+    keep, _ = limit.lowered(0, torch.ones(1, MOST), limit.start(1, torch.device("cpu")))
+    assert keep.sum() == MOST // 2
 
 
 def test_the_numbers_of_an_image_are_those_of_earlier_versions_and_hear_every_value() -> None:

@@ -17,7 +17,7 @@ from dynroute.backbones import Backbone, BackboneOptions, Cascade, make_backbone
 from dynroute.checkpoints import LAST, load_checkpoint, load_tensors, load_weights
 from dynroute.config import Config, from_text, load_config
 from dynroute.contracts import InputError
-from dynroute.data import Dataset, DataSpec, known_spec, load
+from dynroute.data import Dataset, DataSpec, known_spec, load, split_fingerprint
 from dynroute.fit import Teacher
 from dynroute.net import RoutedNet
 from dynroute.optim import amp_dtype
@@ -77,9 +77,15 @@ def make_teacher(config: Config, spec: DataSpec, device: torch.device) -> Teache
     content = load_tensors(path)
     if isinstance(content, dict) and "format" in content:
         net, trained, stored = restore(path, router=False)  # routes are given, or a static net's own
-        classes = stored["meta"]["data"]["classes"]
-        if classes != spec.classes:
-            raise InputError(f"optim.teacher: {path} knows {classes} classes, the data have {spec.classes}")
+        taught = trained_on(stored, path)
+        if taught.classes != spec.classes:
+            raise InputError(f"optim.teacher: {path} knows {taught.classes} classes, the data have {spec.classes}")
+        if taught.class_names != spec.class_names:
+            raise InputError(f"optim.teacher: {path} was trained on other classes than those of the data")
+        if taught.image_size != spec.image_size:
+            raise InputError(
+                f"optim.teacher: {path} was trained on {taught.image_size} pixels, the data have {spec.image_size}"
+            )
         static = trained.router_name == "static"
     else:
         net = dense_twin(config, spec, weights=str(path))
@@ -171,6 +177,12 @@ def check_data(content: dict[str, Any], spec: DataSpec, config: Config, folder: 
         )
 
 
+def same_images(content: dict[str, Any], data: Dataset) -> bool:
+    """Whether data have the training images of the run, in the same split; older checkpoints do not say, and pass."""
+    now = split_fingerprint(data)
+    return bool(content["meta"].get("images", now) == now)
+
+
 def trained_as(content: dict[str, Any], path: Path) -> Config:
     """The configuration that a checkpoint carries. Raises InputError where there is none."""
     try:
@@ -201,7 +213,7 @@ def prepare(config: Config) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which the meta device cannot do
     except (RuntimeError, AssertionError):
-        raise InputError(f"device {name!r} is not usable here; device=cpu always is") from None
+        raise InputError(f"device {name!r} is not usable here; cpu always is") from None
     return device
 
 

@@ -17,7 +17,7 @@ def listing(kind: str | None = None) -> dict[str, dict[str, str]]:
     """Names with a sentence each, by kind; all kinds if none is given."""
     out: dict[str, dict[str, str]] = {}
     for plural, singular in KINDS.items():
-        out[plural] = {name: _sentence(plugins.find(singular, name)) for name in plugins.names(singular)}
+        out[plural] = {name: _about(singular, name) for name in plugins.names(singular)}
     out["papers"] = report.paper_tables()
     out["experiments"] = {str(path): _first_comment(path) for path in sorted(EXPERIMENTS.rglob("*.yaml"))}
     if kind == "experiments" and not out[kind]:
@@ -25,6 +25,14 @@ def listing(kind: str | None = None) -> dict[str, dict[str, str]]:
             f"no {EXPERIMENTS}/ here: the configurations of the papers' tables are in dynroute's repository"
         )
     return {kind: out[kind]} if kind else out
+
+
+def _about(kind: str, name: str) -> str:
+    """A sentence; of a plug-in that does not load, why not: it must not hide the others."""
+    try:
+        return _sentence(plugins.find(kind, name))
+    except InputError as error:
+        return f"({error})"
 
 
 def _sentence(entry: Any) -> str:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dynroute import plugins
 from dynroute.backbones import BackboneOptions
+from dynroute.checkpoints import LAST
 from dynroute.contracts import InputError, unknown
 from dynroute.data import DataOptions
 from dynroute.optim import OptimOptions
@@ -115,17 +116,28 @@ class Config:
         body = values["backbone"]
         for section, key in ((body, "weights"), (values["optim"], "teacher")):
             if section[key]:
-                section[key] = base_name(Path(section[key]).name)
-        body["nets"] = [base_name(Path(run).name) for run in body["nets"]]
+                section[key] = base_name(origin(section[key]).name)
+        body["nets"] = [base_name(origin(run).name) for run in body["nets"]]
         for section in ("backbone", "optim"):  # lists not used leave hashes as they were
             values[section] = {k: v for k, v in values[section].items() if v != []}
         for key in ("path_width", "path_least") if body["unit"] != "paths" else ():
             values["backbone"].pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
+    def origins(self) -> list[Path]:
+        """The runs and files that training starts from and learns from, each by its name and that of the folder around it."""
+        names = (self.backbone.weights, self.optim.teacher, *self.backbone.nets)
+        return [Path(*origin(name).parts[-2:]) for name in names if name]
+
     def _classes(self) -> dict[str, type]:
         sections = ("data", "backbone", "router", "optim")
         return {"": TopOptions, **{name: type(getattr(self, name)) for name in sections}}
+
+
+def origin(name: str) -> Path:
+    """What a run that is started from is called by: its folder, where its last.pt is named. Elsewhere the path as it is."""
+    path = Path(name)
+    return path.parent if path.name == LAST and path.parent.name else path
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -287,8 +299,12 @@ def describe_fields() -> str:
     """All keys with defaults and help sentences, for --help."""
     sections: list[tuple[str, str, type]] = [("", "", TopOptions), ("data", "", DataOptions)]
     sections += [("backbone", "", BackboneOptions), ("optim", "", OptimOptions)]
-    sections += [("router", f" (router.name={n})", plugins.find("router", n).options) for n in plugins.names("router")]
-    lines = ["Configuration keys (dataclass defaults < YAML < command line):"]
+    lines, broken = ["Configuration keys (dataclass defaults < YAML < command line):"], []
+    for name in plugins.names("router"):
+        try:
+            sections.append(("router", f" (router.name={name})", plugins.find("router", name).options))
+        except InputError as error:  # another package's, which must not hide all the rest
+            broken += ["", f"[router] (router.name={name}): {error}"]
     for section, note, cls in sections:
         lines += ["", f"[{section or 'top'}]{note}"]
         lines += (
@@ -303,7 +319,7 @@ def describe_fields() -> str:
                 f"  {key} = {json.dumps(_default(f))}",
                 f"      {sentences.get(f.name, '')}",
             ]
-    return "\n".join(lines)
+    return "\n".join(lines + broken)
 
 
 def _default(field_of: dataclasses.Field[Any]) -> Any:

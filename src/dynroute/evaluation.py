@@ -22,6 +22,7 @@ from dynroute.assembly import (
     on_device,
     prepare,
     restore,
+    same_images,
 )
 from dynroute.bench import POOL, Benched, Plan, Point, bench
 from dynroute.calibration import (
@@ -34,7 +35,7 @@ from dynroute.calibration import (
     write_budget,
 )
 from dynroute.checkpoints import BEST, LAST
-from dynroute.config import Config
+from dynroute.config import Config, origin
 from dynroute.contracts import Batch, InputError, Setting
 from dynroute.controls import CONTROLS
 from dynroute.data import Dataset, limited, loader
@@ -136,6 +137,11 @@ class Evaluator:
             )
         if outdated(folder):
             remarks += ("budget.json is of an older version: settings are fitted anew",)
+        if not same_images(content, data):
+            remarks += (
+                f"the training images of {elsewhere.data.label} are not those {folder} was trained on: its calibration split "
+                "may hold some of these",
+            )
         rows = content["rows"]
         planned = content["meta"].get("epochs", 0)  # which older checkpoints do not say
         if checkpoint == "last" and len(rows) < planned:
@@ -291,7 +297,7 @@ class Evaluator:
             params=inference_parameters(self.net),
             epochs=self.epochs,
             checkpoint=self.checkpoint,
-            weights="+".join(Path(p).name for p in (config.backbone.weights, *config.backbone.nets) if p),
+            weights="+".join(origin(p).name for p in (config.backbone.weights, *config.backbone.nets) if p),
             precision=self.precision,
             machine=machine(self.device),
             commit=commit(),

@@ -28,7 +28,7 @@ WATCHED = (
     2500  # calibration images looked at after every epoch; their mean share transfers to test within 0.01 (measured)
 )
 MISS = 0.05  # of the share of parts that a phase asks for, beyond which an epoch is remarked upon
-KEPT = "the last good checkpoint is kept; lower optim.lr"
+KEPT = "the last good checkpoint is kept; train anew into another folder, with a lower optim.lr"
 
 
 class Diverged(RuntimeError):

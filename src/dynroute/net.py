@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,7 +55,9 @@ class RoutedNet(nn.Module):
         """Let no image exceed a share of the dense net's MACs, router included (None: no limit). Raises OutOfReach."""
         low, high = self.span()
         if share is not None and share < low:
-            raise OutOfReach(f"limit {share:g} is out of reach: routes of this net cost {low:.3f} to {high:.3f}")
+            raise OutOfReach(
+                f"limit {share:g} is out of reach: routes of this net cost {math.ceil(1e3 * low) / 1e3:.3f} to {high:.3f}"
+            )
         self.router.limit = None if share is None else Limit(self.cost, self.backbone.specs, share)
 
     def _given(self, x_BCHW: Tensor, keep_BUG: Tensor) -> Output:

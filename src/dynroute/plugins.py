@@ -14,7 +14,7 @@ from typing import Any
 from dynroute.backbones import BACKBONES
 from dynroute.contracts import InputError, unknown
 from dynroute.data import DATASETS
-from dynroute.routers import ROUTERS
+from dynroute.routers import ROUTERS, Method
 
 BUILT_IN: dict[str, dict[str, Any]] = {"router": ROUTERS, "backbone": BACKBONES, "dataset": DATASETS}
 
@@ -32,9 +32,13 @@ def find(kind: str, name: str) -> Any:
     if point is None:
         raise unknown(kind, name, names(kind))
     try:
-        return point.load()
+        found = point.load()
     except Exception as error:
         raise InputError(f"{kind} {name!r} of {point.value} does not load: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, Method) if kind == "router" else callable(found)):
+        wanted = "a Method" if kind == "router" else "a function"
+        raise InputError(f"{kind} {name!r} of {point.value} is not {wanted} but a {type(found).__name__}")
+    return found
 
 
 def _added(kind: str) -> dict[str, EntryPoint]:

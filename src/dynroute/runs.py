@@ -20,6 +20,7 @@ from dynroute.assembly import (
     make_teacher,
     prepare,
     restore,
+    same_images,
     trained_as,
     unfilled,
     untrained,
@@ -27,6 +28,7 @@ from dynroute.assembly import (
 from dynroute.checkpoints import LAST, load_checkpoint
 from dynroute.config import CONFIG_FILE, Config
 from dynroute.contracts import InputError
+from dynroute.data import split_fingerprint
 from dynroute.fit import Listener, Step, fit
 from dynroute.net import RoutedNet
 from dynroute.provenance import commit, machine
@@ -47,17 +49,15 @@ def train(
 
     begun: called once all that is asked for has been read and found to be right.
     """
-    content = _resumable(config, folder, resume) if (folder / LAST).exists() else None
-    if (
-        content is None
-        and folder.exists()
-        and any(file.name not in (CONFIG_FILE, LOG_FILE) for file in folder.iterdir())
-    ):
-        raise InputError(f"{folder} is not empty and holds no run: choose another name or --out")
+    content = check_folder(config, folder, resume)
     device = prepare(config)
     data = dataset(config)
     if content:
         check_data(content, data.spec, config, folder)
+        if not same_images(content, data):
+            raise InputError(
+                f"{config.data.label} has other training images than {folder} began with: --resume needs the same ones"
+            )
     net = build(unfilled(config) if content else config, data.spec).to(device)
     teacher = make_teacher(config, data.spec, device)
     phases = list(config.method.phases(net, config.router))  # before anything is written: they may refuse
@@ -74,7 +74,12 @@ def train(
             log.info("note: %s", remark)
         listener(step)
 
-    meta = {"config": config.yaml(), "data": dataclasses.asdict(data.spec), "epochs": sum(p.epochs for p in phases)}
+    meta = {
+        "config": config.yaml(),
+        "data": dataclasses.asdict(data.spec),
+        "images": split_fingerprint(data),
+        "epochs": sum(p.epochs for p in phases),
+    }
     workers = config.data.workers
     try:
         fit(
@@ -89,6 +94,15 @@ def train(
             handler.close()
         log.handlers.clear()
     return net
+
+
+def check_folder(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint that training would go on from, if any. Raises InputError where it cannot train into that folder."""
+    if (folder / LAST).exists():
+        return _resumable(config, folder, resume)
+    if folder.exists() and any(file.name not in (CONFIG_FILE, LOG_FILE) for file in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no run: choose another name or --out")
+    return None
 
 
 def seeded(config: Config, seeds: list[int], out: Path | None = None) -> list[tuple[Config, Path]]:
@@ -110,7 +124,7 @@ def _resumable(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
         )
     content = load_checkpoint(folder / LAST)
     stored = trained_as(content, folder / LAST)
-    if (stored.hash(), stored.top.seed) != (config.hash(), config.top.seed):
+    if any(getter(stored) != getter(config) for getter in (Config.hash, Config.origins, lambda c: c.top.seed)):
         raise InputError(
             f"{folder} was trained with another configuration: --resume needs the same one (see {CONFIG_FILE})"
         )
@@ -129,8 +143,10 @@ def _log(folder: Path) -> logging.Logger:
 
 def check(config: Config) -> RoutedNet:
     """Build everything that training would, data included, and return the net."""
-    prepare(config)
-    net = build(config, dataset(config).spec)
+    device = prepare(config)
+    spec = dataset(config).spec
+    net = build(config, spec)
+    make_teacher(config, spec, device)
     list(config.method.phases(net, config.router))  # which may refuse
     return net
 

@@ -11,7 +11,7 @@ from dynroute.data.batches import Loader, loader, normalise
 from dynroute.data.cifar import CIFAR10, CIFAR100, cifar10, cifar100
 from dynroute.data.drawing import shapes
 from dynroute.data.folders import folder, imagenet, pictures
-from dynroute.data.spec import DataOptions, Dataset, DataSpec, FileSplit, Split, limited
+from dynroute.data.spec import DataOptions, Dataset, DataSpec, FileSplit, Split, limited, split_fingerprint
 from dynroute.data.superclasses import FOLDERS, described, imagenet_categories, with_superclasses
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "loader",
     "normalise",
     "pictures",
+    "split_fingerprint",
 ]
 
 # A data set is a function of its options and of the data's own seed (not the training's). One row adds one.

@@ -16,6 +16,8 @@ from dynroute.contracts import Batch, InputError
 from dynroute.data.files import FileImages, collate
 from dynroute.data.spec import DataSpec, FileSplit, Split
 
+SHIFTED = "folder"  # data whose crops do not depend on whether they have room in memory
+
 
 @dataclass
 class Loader:
@@ -55,17 +57,21 @@ class Loader:
 
     def _from_files(self, rows: tuple[Tensor, ...], generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         assert isinstance(self.split, FileSplit)
-        images = FileImages(self.split, self.spec, self.train and self.spec.augment, (self.seed, self.epoch))
+        augmented = self.train and self.spec.augment
+        shifted = augmented and self.spec.name == SHIFTED
+        images = FileImages(self.split, self.spec, augmented and not shifted, (self.seed, self.epoch))
         stream = DataLoader(
             images,
             batch_sampler=[rows_B.tolist() for rows_B in rows],
             num_workers=min(self.workers or min(os.cpu_count() or 1, 8), len(rows)),
             collate_fn=collate,
-            generator=generator,  # or it would draw from the global generator
+            generator=torch.Generator(),  # or it would draw from the global one
         )
         for rows_B, images_BHWC in zip(rows, stream, strict=True):
             if isinstance(images_BHWC, InputError):
                 raise images_BHWC
+            if shifted:
+                images_BHWC = augment(images_BHWC, images_BHWC.shape[1] // 8, self.spec.flip, generator)
             yield rows_B, images_BHWC
 
 
@@ -84,7 +90,8 @@ def loader(
 
     train: shuffled and, if spec.augment, cropped and flipped at random, all from (seed, epoch); a last batch
     of one image is dropped, as BatchNorm cannot train on it. Otherwise all images, in order, nothing random.
-    Images in memory are padded by image_size // 8 zeros and cropped; files get a random resized crop.
+    Images in memory, and those of data.name=folder wherever they lie, are padded by image_size // 8 zeros and cropped; other
+    files get a random resized crop.
     workers: processes for a FileSplit, 0 = automatic. Raises InputError for a bad batch size or image file.
     """
     if batch_size < 1:

@@ -29,7 +29,8 @@ def folder(options: DataOptions, seed: int = 0) -> Dataset:
 
 
 def imagenet(options: DataOptions, seed: int = 0) -> Dataset:
-    """train/ and val/ of class folders (wnids): short side to 256, then the middle 224 pixels."""
+    """train/ and val/ of class folders (wnids): short side to 256, then the middle 224 pixels. Always left on disk, since random
+    resized crops want the whole picture."""
     size = options.image_size or 224
     return read(options, size, imagenet_side(size))
 
@@ -63,7 +64,7 @@ def read(options: DataOptions, size: int, short_side: int) -> Dataset:
     train, test, *val = (listed(root / part, names, short_side, nested) for part in ("train", *there))
     on_disk = assemble(spec, options, train, test, *val)
     parts = [part for part in (on_disk.train, on_disk.calibration, on_disk.test) if isinstance(part, FileSplit)]
-    if sum(len(part) for part in parts) * size * size * 3 > IN_MEMORY_BYTES:
+    if options.name == "imagenet" or sum(len(part) for part in parts) * size * size * 3 > IN_MEMORY_BYTES:
         return on_disk
     return Dataset(spec, *(into_memory(part, size) for part in parts))
 

@@ -6,6 +6,7 @@ Letters of this room: N images of a split, B images of a batch, H W height and w
 from __future__ import annotations
 
 import re
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -37,7 +38,8 @@ class DataOptions:
     image_size: int = 0
     """Side in pixels to which images are resized; 0 is the data set's own (folder: 32, imagenet: 224)."""
     train_images: int = 0
-    """Use only so many training images, calibration included; 0 is all (shapes: 10000)."""
+    """Use only so many training images, calibration included; 0 is all (shapes: 10000). What is held back for calibration depends
+    on all that are used: a run of another number has trained on some of it."""
     test_images: int = 0
     """Use only so many test images, and of a val split the data brings; 0 is all (shapes: 2000)."""
     workers: int = 0
@@ -46,7 +48,8 @@ class DataOptions:
     """Superclasses of the classes: auto (the data set's own; imagenet: 58 WordNet categories), none, folders (of nested class
     folders, train/SUPERCLASS/CLASS), or a CSV file of class,superclass rows."""
     augment: bool = True
-    """Random crops and horizontal flips of the training images."""
+    """Random crops and horizontal flips of the training images. Crops are shifts by an eighth of the side; of data.name=imagenet,
+    which is for photographs, random resized crops."""
     flip: bool = True
     """Horizontal flips among them; false where left and right matter (digits, text, organs)."""
 
@@ -149,6 +152,15 @@ def fair_order(labels: Tensor) -> Tensor:
     return shuffled[torch.sort(key[shuffled], stable=True).indices]
 
 
+def split_fingerprint(data: Dataset) -> str:
+    """Tells the images to train on from those after some were added or taken away: which are held back depends on all of them.
+
+    By number and order of the labels, of the training and the calibration split.
+    """
+    labels = (data.train.labels, data.calibration.labels)
+    return "-".join(f"{len(some)}.{zlib.crc32(some.cpu().numpy().tobytes()):08x}" for some in labels)
+
+
 def limited(split: AnySplit, images: int) -> AnySplit:
     """A stratified part of so many images, in the split's order; 0 is all of it."""
     if not 0 < images < len(split):
@@ -177,4 +189,6 @@ def assemble(
             raise InputError("calibration leaves 1 training image of 2; give 3 or more, or lower data.calibration")
     else:
         val = limited(val, options.test_images)
+        if len(train) < 2:
+            raise InputError("there is 1 training image: give 2 or more")
     return Dataset(spec, train, val, test)

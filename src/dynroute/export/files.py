@@ -131,6 +131,8 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in a line."""
+    """What went wrong, in a line: what caused it, where the error itself tells of steps and of logs."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 PRIME = 2_147_483_647  # 2^31 - 1
+FAR = 1 << 16
 Whole = TypeVar("Whole", int, Tensor)
 
 
@@ -25,6 +26,7 @@ def image_hash(x_BCHW: Tensor) -> Tensor:
 def draws(hash_B: Tensor, u: int, parts: int) -> Tensor:
     """(B, G) uniform numbers in [0, 1), others for each u."""
     step_G = torch.arange(u * 64, u * 64 + parts, device=hash_B.device)
+    step_G[64:] += FAR + u * FAR  # where the next unit's do not lie
     return _mixed(hash_B[:, None], step_G).double() / PRIME
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.cost import NetCost
 
-MOST = 16  # free parts of a unit of which all subsets can be listed
+MOST = 12  # free parts of a unit: its table has a place for every two of their subsets
 
 
 class Spent(NamedTuple):

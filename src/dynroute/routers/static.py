@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynroute.contracts import Decision, UnitSpec, spread
+from dynroute.contracts import Decision, InputError, UnitSpec, spread
 from dynroute.routers.base import Net, Phase, Router, State, cross_entropy, legal, ranged, stacked
 from dynroute.routers.draws import draws, image_hash
 
@@ -58,6 +58,8 @@ class StaticRouter(Router):
     def __init__(self, specs: Sequence[UnitSpec], options: StaticOptions, superclasses: int = 0) -> None:
         super().__init__(specs)
         self.width = options.width
+        if self.width < 1 and all(spec.parts == 1 and not spec.skippable for spec in specs):
+            raise InputError(f"router.width={self.width:g} does nothing here: every block of this net is one part")
 
     def decide(self, u: int, x_BCHW: Tensor, state: State) -> tuple[Decision, State]:
         """The first so many parts of unit u, or one alternative, for all images."""

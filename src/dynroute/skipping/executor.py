@@ -79,9 +79,10 @@ class FastNet:
         self.router = self.net.router.deployed()
         self.fixed: Fixed | None = None
 
-    def _version(self) -> int:
-        """Grows with every change of a weight or buffer in place: a step of training, a checkpoint loaded."""
-        return sum(map(VERSION, self.tensors))
+    def _version(self) -> tuple[int, torch.dtype, torch.device]:
+        """Another one after every change of weights or buffers in place (a step, a checkpoint loaded), of type or device."""
+        first = self.tensors[0]
+        return sum(map(VERSION, self.tensors)), first.dtype, first.device
 
     def _ready(self) -> None:
         """Weights, dial and limit as they are now."""

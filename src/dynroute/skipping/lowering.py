@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -84,13 +84,13 @@ def straight(module: nn.Module, packed: bool) -> Straight:
     steps: list[Step] = []
     for layer in _layers(module):
         last = steps[-1] if steps and isinstance(steps[-1], Conv) and steps[-1].act == "none" else None
-        if isinstance(layer, nn.Conv2d) and packable(layer):
+        if plain(layer, nn.Conv2d) and packable(layer):
             steps.append(Conv(layer, packed))
-        elif isinstance(layer, nn.BatchNorm2d) and isinstance(last, Conv):
+        elif plain(layer, nn.BatchNorm2d) and isinstance(last, Conv):
             last.fold(layer)
-        elif isinstance(layer, nn.ReLU) and isinstance(last, Conv):
+        elif plain(layer, nn.ReLU) and isinstance(last, Conv):
             last.act = RELU
-        elif isinstance(layer, nn.ReLU6) and isinstance(last, Conv):
+        elif plain(layer, nn.ReLU6) and isinstance(last, Conv):
             last.act = RELU6
         elif isinstance(layer, Residual | NarrowConv):
             steps.append(whole(lower(layer, packed)))
@@ -99,6 +99,12 @@ def straight(module: nn.Module, packed: bool) -> Straight:
         elif not isinstance(layer, nn.Identity | nn.Dropout):
             steps.append(layer)
     return Straight(steps)
+
+
+def plain(layer: nn.Module, kind: type[nn.Module]) -> TypeGuard[Any]:
+    """Whether a layer computes what its kind does: a subclass of another forward, or with hooks, is run as it is."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return isinstance(layer, kind) and type(layer).forward is kind.forward and not hooked
 
 
 def whole(program: Straight | Summed | Narrowed) -> Step:
@@ -128,7 +134,7 @@ def _answered(body: Straight, x_NCHW: Tensor) -> Tensor:
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, nn.Sequential):
+    if plain(module, nn.Sequential):
         for child in module.children():
             yield from _layers(child)
     else:

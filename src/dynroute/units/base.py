@@ -99,8 +99,7 @@ class WidthNorm(nn.Module):
     """A BatchNorm of its own for each width 1..A: statistics and affine, no MACs (Yu et al., Slimmable Networks, 2019).
 
     After a convolution whose input is partly masked, mean and variance depend on how much is kept; one shared BatchNorm
-    would be wrong at every width but the mean one. Statistics of a width come from the images that took it; widths with
-    fewer than FEW images in the minibatch use their running statistics.
+    would be wrong at every width but the mean one. Statistics of a width come from the images that took it; see `normalised`.
     """
 
     running_mean: Tensor
@@ -128,7 +127,7 @@ class WidthNorm(nn.Module):
 
     def run(self, y_BCHW: Tensor, width: int) -> Tensor:
         """Normalise images that all have one width."""
-        return self._one(y_BCHW, width, self.training)
+        return self._one(y_BCHW, width, True)
 
     def at(self, width: int) -> nn.BatchNorm2d:
         """A plain BatchNorm2d (eval) with the values of one width."""
@@ -137,10 +136,33 @@ class WidthNorm(nn.Module):
             getattr(norm, name).data.copy_(getattr(self, name)[width - 1])
         return norm
 
-    def _one(self, y_BCHW: Tensor, width: int, batch_statistics: bool) -> Tensor:
+    def _one(self, y_BCHW: Tensor, width: int, enough: bool) -> Tensor:
         running = (self.running_mean[width - 1], self.running_var[width - 1])  # views: updated in place
         affine = (self.weight[width - 1], self.bias[width - 1])
-        return F.batch_norm(y_BCHW, *running, *affine, batch_statistics, self.momentum, self.eps)
+        return normalised(y_BCHW, running, affine, self.training, enough, self.momentum, self.eps)
+
+
+def normalised(
+    y_BCHW: Tensor,
+    running: tuple[Tensor, Tensor],
+    affine: tuple[Tensor, Tensor],
+    training: bool,
+    enough: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """BatchNorm of those images of a minibatch that take one width; mean and variance (C,) in `running` learn in training.
+
+    Where there are enough of them (see `by_group`) they are normalised by their own statistics; else by the running ones, which
+    then learn from them in proportion to their number: small minibatches, or many widths, never have enough. Ours.
+    """
+    if enough or not training:
+        return F.batch_norm(y_BCHW, *running, *affine, training, momentum, eps)
+    mean_C, var_C = (value.clone() for value in running)  # autograd keeps these
+    var, mean = torch.var_mean(y_BCHW.detach().to(mean_C.dtype), (0, 2, 3), correction=0)
+    for value, seen in zip(running, (mean, var), strict=True):
+        value.data.lerp_(seen, momentum * len(y_BCHW) / FEW)  # as F.batch_norm does: autograd counts no change
+    return F.batch_norm(y_BCHW, mean_C, var_C, *affine, False, momentum, eps)
 
 
 class Subsample(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynroute.contracts import InputError
 from dynroute.cost import CostTerms, conv_macs
-from dynroute.units.base import Place, Residual, Unit, Weights, by_group, tensors
+from dynroute.units.base import Place, Residual, Unit, Weights, by_group, normalised, tensors
 from dynroute.units.ranking import best_first
 
 
@@ -59,12 +59,12 @@ class ChoiceUnit(Unit):
     def forward(self, x_BCHW: Tensor, keep_BG: Tensor | None = None) -> Tensor:
         """Each image through its own alternative alone; a row without any is the pure shortcut.
 
-        In training, BatchNorm statistics of an alternative come from the images that chose it; with fewer than FEW of
-        them (and others beside them) its running statistics are used. The gradient of keep_BG reaches the chosen entry.
+        In training, BatchNorm statistics of an alternative come from the images that chose it; see `normalised`. The gradient
+        of keep_BG reaches the chosen entry.
         """
         out = self.shortcut(x_BCHW)
         if keep_BG is None:
-            return F.relu_(out + self._run(self.widest, x_BCHW, self.training))
+            return F.relu_(out + self._run(self.widest, x_BCHW, True))
         keep_BG = keep_BG[:, : len(self.sizes)]
         choice_B = keep_BG.detach().argmax(1)
         y = self._chosen(x_BCHW, choice_B)
@@ -129,14 +129,16 @@ class ChoiceUnit(Unit):
 
     def _chosen(self, x_BCHW: Tensor, choice_B: Tensor) -> Tensor:
         """Each image through its own body."""
-        return by_group(x_BCHW, choice_B, lambda g, run_BCHW, enough: self._run(g, run_BCHW, self.training and enough))
+        return by_group(x_BCHW, choice_B, self._run)
 
-    def _run(self, g: int, x_BCHW: Tensor, batch_statistics: bool) -> Tensor:
-        """One body, with batch or running statistics."""
+    def _run(self, g: int, x_BCHW: Tensor, enough: bool) -> Tensor:
+        """One body. enough: images for batch statistics."""
         for layer in self.bodies[g].children():
             if isinstance(layer, nn.BatchNorm2d):
-                values = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-                x_BCHW = F.batch_norm(x_BCHW, *values, batch_statistics, layer.momentum or 0.0, layer.eps)
+                assert layer.running_mean is not None and layer.running_var is not None
+                running, affine = (layer.running_mean, layer.running_var), (layer.weight, layer.bias)
+                pace = layer.momentum or 0.0
+                x_BCHW = normalised(x_BCHW, running, affine, self.training, enough, pace, layer.eps)
             else:
                 x_BCHW = layer(x_BCHW)
         return x_BCHW
