@@ -22,7 +22,7 @@ from dynroute.routers.limit import MOST, options
 from dynroute.skipping import FastNet
 from dynroute.skipping.lowering import straight
 from dynroute.units import FEW, WidthNorm
-from tiny import make_net, pictures
+from tiny import make_backbone, make_net, pictures
 
 DATA = ["data.name=npz", "backbone.name=resnet8", "backbone.width=8", "optim.batch_size=16", "optim.amp=none"]
 DATA += ["device=cpu", "threads=1", "router.name=static", "router.epochs=1"]
@@ -205,3 +205,9 @@ def test_the_calibration_split_of_a_checkpoint_is_known(runs: dict[str, Path]) -
     content = restore(runs["dmnn"] / "last.pt")[2]
     train, calibration = content["meta"]["images"].split("-")
     assert (train.split(".")[0], calibration.split(".")[0]) == ("360", "40")
+
+
+def test_widened_sub_blocks_cannot_start_from_a_plain_net() -> None:
+    plain = make_backbone("resnet8", "channels").dense_state()
+    with pytest.raises(InputError, match=r"widened by backbone\.path_least"):
+        make_backbone("resnet8", "paths", parts=4, path_least=16).load_dense(plain)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynroute.contracts import Form
+from dynroute.contracts import Form, InputError
 from dynroute.cost import CostTerms, conv_macs
 from dynroute.units.base import (
     Place,
@@ -60,6 +60,11 @@ class BasicUnit(Unit):
     def load_dense(self, weights: Weights) -> None:
         """Import conv1, bn1, conv2, bn2 and a projection shortcut; hidden channels are ranked by backbone.rank."""
         hidden = sum(self.sizes)
+        if hidden > self.place.out_channels:
+            raise InputError(
+                f"backbone.weights: {self.spec.name} has {hidden} hidden channels, the plain block {self.place.out_channels}: "
+                "sub-blocks widened by backbone.path_least or path_width cannot start from it"
+            )
         first = weights.take("conv1.weight", *self.conv1.weight.shape)
         last = weights.take("conv2.weight", self.place.out_channels, hidden, 3, 3)
         norm = weights.statistics("bn1", hidden)
