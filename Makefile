@@ -23,7 +23,7 @@ CIFAR10 := dense given given16 static_25 static_40 static_60 static_80 slimmable
 CIFAR10_LONG := static28_25 static28_40 static28_60 static56_60 cascade28 rnr28 rnr56 rnr36x4 rnr28_40 rnr_40 rnr_50 rnr_60 rnr_80 rnr61_80 dmnn_any
 
 ABLATION := dmnn_none dmnn_previous dmnn_category dmnn_both
-CONV4 := start rnp rnp_joint rnp_paper_02 rnp_paper_05 rnp_paper_10 rnp_paper_20 vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100 vanilla60_17 cascade
+CONV4 := start rnp rnp_joint rnp_paper_02 rnp_paper_05 rnp_paper_10 rnp_paper_20 vanilla_17 vanilla_23 vanilla_37 vanilla_61 vanilla_78 vanilla_100 cascade
 BUDGET := dense static_40 static_60 static_80 widths rnp_any rnp_any4 rnp_40 rnp_60 rnp_60x4 rnp_80 dmnn_any dmnn_any4 dmnn_40 dmnn_60 dmnn_60x4 dmnn_80
 SHAPES := dense widths rnr
 WEIGHTS := 0.5 2 8
@@ -166,6 +166,7 @@ weight: .venv/ready
 
 conv4: .venv/ready
 	$(call rows,conv4,$(CONV4),0.18 0.23 0.37 0.61 0.78 1)
+	$(call rows,conv4_long,vanilla60_17)
 
 wide: .venv/ready
 	$(call rows,wide,$(WIDE),0.5)
