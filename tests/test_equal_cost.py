@@ -59,7 +59,7 @@ def test_a_static_net_set_to_a_target_is_no_narrower_net(tmp_path: Path) -> None
     with (tmp_path / "out" / "accuracy_flops.csv").open(newline="") as file:
         series = {float(r["share"]): r["series"] for r in csv.DictReader(file)}
     assert {share: series[share] for share in (0.25, 0.75)} == {0.25: "static", 0.75: "static"}
-    assert series[0.5] != "static"
+    assert "static" not in (series[0.5], series[0.55])
 
 
 def test_the_static_line_of_a_picture_is_of_one_dense_net(tmp_path: Path) -> None:

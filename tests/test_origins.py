@@ -41,10 +41,15 @@ def npz(path: Path, images: int, size: int = 16, classes: int = 4) -> Path:
 def test_checkpoints_go_by_the_folder_of_their_run() -> None:
     """All of them are called last.pt."""
     of = {
-        name: load_config(None, [f"backbone.weights={name}"]) for name in ("a/last.pt", "b/last.pt", "a", "c/a", "a.pt")
+        name: load_config(None, [f"backbone.weights={name}"])
+        for name in ("a/last.pt", "b/last.pt", "a", "c/a", "a.pt", "a/best.pt")
     }
-    assert of["a/last.pt"].hash() == of["a"].hash() == of["c/a"].hash() != of["b/last.pt"].hash() != of["a.pt"].hash()
-    assert of["a/last.pt"].origins() == of["a"].origins() != of["c/a"].origins()
+    assert of["a/last.pt"].hash() == of["a"].hash() == of["c/a"].hash()
+    assert len({each.hash() for each in of.values()}) == 4
+    assert of["a/last.pt"].origins() == of["a"].origins() == of["c/a"].origins() != of["b/last.pt"].origins()
+    pooled = ["w/x-s1.pt", "x-s2.pt"], ["a-s0/best.pt", "a-s1/best.pt"], ["-s1"], ["a-s0", "a-s1/last.pt"]
+    hashes = [{load_config(None, [f"backbone.weights={name}"]).hash() for name in names} for names in pooled]
+    assert [len(one) for one in hashes] == [1] * 4 and len(set.union(*hashes)) == 4
 
 
 def test_a_run_is_not_resumed_with_another_teacher(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -76,12 +81,18 @@ def test_images_added_later_are_noticed(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_teacher_of_other_images_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, made in (("small", {"size": 16}), ("named", {"size": 24, "classes": 3})):
+    for name, made in (("small", {"size": 16}), ("few", {"size": 24, "classes": 3}), ("other", {"size": 24})):
         data = npz(tmp_path / f"{name}.npz", 60, **made)
+        if name == "other":
+            np.savez(data, **dict(np.load(data)), class_names=np.array(list("wxyz")))
         assert main(["train", *DATA, f"data.path={data}", "--out", str(tmp_path / name)]) == 0
     data = npz(tmp_path / "mine.npz", 60, size=24)
     words = ["train", *DATA, f"data.path={data}", "--out", str(tmp_path / "run")]
-    for teacher, says in (("small", "was trained on 16 pixels, the data have 24"), ("named", "knows 3 classes")):
+    for teacher, says in (
+        ("small", "was trained on 16 pixels, the data have 24"),
+        ("few", "knows 3 classes"),
+        ("other", "was trained on other classes"),
+    ):
         for more in ([], ["--dry-run"]):
             assert main([*words, f"optim.teacher={tmp_path / teacher}", *more]) == 2
             assert says in capsys.readouterr().err
@@ -104,12 +115,16 @@ def test_one_image_beside_a_validation_split_is_refused(tmp_path: Path, capsys: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("says", ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "CUDA"])
+WANT = ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "CUDA error: out of memory", "", "CUDA"]
+WANT += ["DefaultCPUAllocator: not enough memory: you tried", "CUBLAS_STATUS_ALLOC_FAILED"]
+
+
+@pytest.mark.parametrize("says", WANT)
 def test_want_of_memory_is_one_line(
     says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*words: Any, **more: Any) -> None:
-        raise (torch.OutOfMemoryError if says == "CUDA" else RuntimeError)(f"{says}\nframe 0\nframe 1")
+        raise (torch.OutOfMemoryError if says in ("", "CUDA") else RuntimeError)(says and f"{says}\nframe 0\nframe 1")
 
     monkeypatch.setattr(runs, "inspect_path", full)
     assert main(["inspect", "anything"]) == 2
@@ -164,14 +179,16 @@ def test_a_net_of_another_type_is_taken_anew() -> None:
     fast = FastNet(net)
     fast(x)
     net.double()
-    assert torch.allclose(fast(x.double()).logits_BK.float(), net(x.double()).logits_BK.float(), atol=1e-4)
+    for _ in range(2):  # then changed in place: the tensors of before are no longer those of the net
+        assert torch.allclose(fast(x.double()).logits_BK.float(), net(x.double()).logits_BK.float(), atol=1e-4)
+        for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d | WidthNorm)):
+            norm.running_mean.add_(0.5)  # type: ignore[union-attr]
 
 
 def test_tables_of_a_limit_stay_small() -> None:
     assert len(options(UnitSpec("u", 4, MOST, "free", True, (1 / MOST,) * MOST))) == 2**MOST
     with pytest.raises(InputError, match=f"at most {MOST} free parts"):
         options(UnitSpec("u", 4, MOST + 1, "free", True, (1 / (MOST + 1),) * (MOST + 1)))
-    assert 8 * 4**MOST < 2**28, "bytes of a table with a place for every two subsets"
 
 
 def test_draws_of_units_of_many_parts_do_not_overlap() -> None:
@@ -179,17 +196,21 @@ def test_draws_of_units_of_many_parts_do_not_overlap() -> None:
     assert made.unique().numel() == 4 * 96
 
 
-def test_a_batchnorm_of_few_images_learns_too() -> None:
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_batchnorm_of_few_images_learns_too(size: int) -> None:
     """Small minibatches never hold FEW images of a width: statistics must not stay as they were made."""
     torch.manual_seed(0)
-    norm = WidthNorm(4, 3).train()
+    norm, mean, var = WidthNorm(4, 3).train(), torch.zeros(3, 4), torch.zeros(3, 4)
     width = torch.tensor([1, 2, 2, 3, 3, 3])
     assert len(width) < FEW
-    for _ in range(400):
-        y = 5 + 3 * torch.randn(6, 4, 6, 6)
-        norm(y, width).sum().backward()
-    assert torch.allclose(norm.running_mean, torch.full((3, 4), 5.0), atol=0.5)
-    assert torch.allclose(norm.running_var, torch.full((3, 4), 9.0), rtol=0.3)
+    for step in range(3000):
+        y = 5 + 3 * torch.randn(6, 4, 1, 1) + 0.1 * torch.randn(6, 4, size, size)
+        norm(y, width)
+        if step >= 1000:
+            mean += norm.running_mean / 2000
+            var += norm.running_var / 2000
+    assert torch.allclose(mean, torch.full((3, 4), 5.0), atol=0.5)
+    assert torch.allclose(var, torch.full((3, 4), 9.0), rtol=0.25), "what differs between images, not within one alone"
     before = norm.running_mean.clone()
     norm.eval()(y, width)
     assert torch.equal(norm.running_mean, before)

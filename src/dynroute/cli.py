@@ -150,7 +150,7 @@ def train(
         print_inspection(runs.inspect(settings, net))
         return
     planned = runs.seeded(settings, numbers, out) if numbers else [(settings, out or Path("runs") / settings.name)]
-    for each, folder in planned:  # before the first of them is trained for hours
+    for each, folder in planned[1:]:  # before the first of them is trained for hours
         runs.check_folder(each, folder, resume)
     for each, folder in planned:
         title = f"training {each.router_name} on {each.data.name}, into {folder}"
@@ -521,15 +521,17 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"not enough memory: {error}", 2)
     except RuntimeError as error:
         if _no_memory(error):
-            return _fail(f"not enough memory: {str(error).strip().splitlines()[0]}", 2)
+            return _fail(f"not enough memory: {(str(error).strip() or 'no more is said').splitlines()[0]}", 2)
         if type(error).__name__ != "Diverged":  # named, so that torch is not imported to say it
             raise
         return _fail(str(error), 1)
 
 
 def _no_memory(error: RuntimeError) -> bool:
-    """Torch's own errors of this kind are RuntimeErrors, on the processor without a class of their own."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Torch's own errors of this kind are RuntimeErrors, mostly without a class of their own."""
+    said = str(error).lower()
+    known = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    return type(error).__name__ == "OutOfMemoryError" or any(words in said for words in known)
 
 
 def nowhere() -> TextIO:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dynroute import plugins
 from dynroute.backbones import BackboneOptions
-from dynroute.checkpoints import LAST
+from dynroute.checkpoints import BEST, LAST
 from dynroute.contracts import InputError, unknown
 from dynroute.data import DataOptions
 from dynroute.optim import OptimOptions
@@ -116,28 +116,37 @@ class Config:
         body = values["backbone"]
         for section, key in ((body, "weights"), (values["optim"], "teacher")):
             if section[key]:
-                section[key] = base_name(origin(section[key]).name)
-        body["nets"] = [base_name(origin(run).name) for run in body["nets"]]
+                section[key] = _unseeded(origin(section[key]))
+        body["nets"] = [_unseeded(origin(run)) for run in body["nets"]]
         for section in ("backbone", "optim"):  # lists not used leave hashes as they were
             values[section] = {k: v for k, v in values[section].items() if v != []}
         for key in ("path_width", "path_least") if body["unit"] != "paths" else ():
             values["backbone"].pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
-    def origins(self) -> list[Path]:
-        """The runs and files that training starts from and learns from, each by its name and that of the folder around it."""
-        names = (self.backbone.weights, self.optim.teacher, *self.backbone.nets)
-        return [Path(*origin(name).parts[-2:]) for name in names if name]
+    def origins(self) -> list[str]:
+        """The names of the runs and files that training starts from and learns from, the seed in them included."""
+        return [origin(name) for name in (self.backbone.weights, self.optim.teacher, *self.backbone.nets) if name]
 
     def _classes(self) -> dict[str, type]:
         sections = ("data", "backbone", "router", "optim")
         return {"": TopOptions, **{name: type(getattr(self, name)) for name in sections}}
 
 
-def origin(name: str) -> Path:
-    """What a run that is started from is called by: its folder, where its last.pt is named. Elsewhere the path as it is."""
+def origin(name: str) -> str:
+    """What a run or file that is started from is called, wherever it lies: a last.pt or best.pt by its folder."""
     path = Path(name)
-    return path.parent if path.name == LAST and path.parent.name else path
+    if path.name not in (LAST, BEST):
+        return path.name
+    folder = path.absolute().parent.name
+    return folder if path.name == LAST else f"{folder}/{BEST}"
+
+
+def _unseeded(name: str) -> str:
+    """The name of a run, of its best.pt or of a file, less the seed."""
+    run, slash, file = name.partition("/")
+    suffix = "" if slash else Path(run).suffix
+    return (base_name(run.removesuffix(suffix)) or run) + suffix + slash + file
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:

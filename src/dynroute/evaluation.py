@@ -139,8 +139,8 @@ class Evaluator:
             remarks += ("budget.json is of an older version: settings are fitted anew",)
         if not same_images(content, data):
             remarks += (
-                f"the training images of {elsewhere.data.label} are not those {folder} was trained on: its calibration split "
-                "may hold some of these",
+                f"the training images of {elsewhere.data.label} are not those of {folder}: some that this was trained on may "
+                "now be in the calibration split, on which settings are fitted",
             )
         rows = content["rows"]
         planned = content["meta"].get("epochs", 0)  # which older checkpoints do not say
@@ -297,7 +297,7 @@ class Evaluator:
             params=inference_parameters(self.net),
             epochs=self.epochs,
             checkpoint=self.checkpoint,
-            weights="+".join(origin(p).name for p in (config.backbone.weights, *config.backbone.nets) if p),
+            weights="+".join(origin(p) for p in (config.backbone.weights, *config.backbone.nets) if p),
             precision=self.precision,
             machine=machine(self.device),
             commit=commit(),

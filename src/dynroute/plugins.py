@@ -37,7 +37,7 @@ def find(kind: str, name: str) -> Any:
         raise InputError(f"{kind} {name!r} of {point.value} does not load: {type(error).__name__}: {error}") from error
     if not (isinstance(found, Method) if kind == "router" else callable(found)):
         wanted = "a Method" if kind == "router" else "a function"
-        raise InputError(f"{kind} {name!r} of {point.value} is not {wanted} but a {type(found).__name__}")
+        raise InputError(f"{kind} {name!r} of {point.value} is not {wanted}: it is of type {type(found).__name__}")
     return found
 
 

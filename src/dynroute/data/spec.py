@@ -153,9 +153,8 @@ def fair_order(labels: Tensor) -> Tensor:
 
 
 def split_fingerprint(data: Dataset) -> str:
-    """Tells the images to train on from those after some were added or taken away: which are held back depends on all of them.
-
-    By number and order of the labels, of the training and the calibration split.
+    """Number and labels, in order, of the training and the calibration split: mostly others once images were added or taken
+    away, which changes what is held back.
     """
     labels = (data.train.labels, data.calibration.labels)
     return "-".join(f"{len(some)}.{zlib.crc32(some.cpu().numpy().tobytes()):08x}" for some in labels)

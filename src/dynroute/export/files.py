@@ -132,7 +132,7 @@ def quiet() -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """What went wrong, in a line: what caused it, where the error itself tells of steps and of logs."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+    while isinstance(error.__cause__, Exception) and str(error.__cause__).strip():
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"

@@ -207,26 +207,17 @@ def _kind(row: Row, other: Row) -> str | None:
         return None
     if other["backbone"] != row["backbone"]:
         resnext = method == STATIC and _is_resnext_of(other["backbone"], row["backbone"])
-        return "ResNeXt" if resnext and not _dialled(other) else None
+        return "ResNeXt" if resnext and other["as_trained"] else None
     if method == STATIC:
-        return None if _dialled(other) else NARROWER
+        return NARROWER if other["as_trained"] else None
     if is_static(own):
         return None  # static nets stand beside narrower ones alone
     return method.replace("prune_", "pruned, ") if method.startswith("prune") else OTHERS.get(method)
 
 
 def as_trained(table: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows of a table are static nets of the width they were trained at: the others say nothing of narrower ones."""
-    return (table["method"] == STATIC) & table["flops_target"].isna()
-
-
-def _dialled(row: Row) -> bool:
-    """Whether a row was evaluated at a target, or under a limit, that was asked for after training."""
-    return row["flops_target"] == row["flops_target"] or _number(row["flops_max"])  # nan: none
-
-
-def _number(value: float | None) -> bool:
-    return value is not None and value == value
+    """Which rows of a table are static nets as they were trained: not at a target, nor under a limit, asked for later."""
+    return (table["method"] == STATIC) & table["flops_target"].isna() & table["flops_max"].isna()
 
 
 def is_static(method: str) -> bool:

@@ -26,7 +26,7 @@ NOTES = (
     "top-1: mean +- sample standard deviation (number of seeds). n=1: a single run, its spread unknown.",
     "vs static: top-1 less that of narrower static nets of equal multiply-adds, in points, on the straight line between the two "
     "neighbouring ones that no cheaper one matches, or that of a single one within 0.02 of that share. Empty elsewhere. "
-    "not beaten: its 95 % interval reaches zero or below. p: of an interval over the same test images (paired), half as wide; "
+    "not beaten: its 95 % interval reaches zero or below. p: of an interval over the same test images (paired), narrower; "
     "the others are independent.",
 )
 TIME_NOTE = "latency: milliseconds per image at the smallest batch and fewest threads that were timed, in the net's fastest form."

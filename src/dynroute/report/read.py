@@ -203,12 +203,13 @@ def _one_per_seed(found: list[tuple[Path, Row]]) -> tuple[list[Row], list[LeftOu
             reason = f"same configuration, seed and target as {_shown(file)}, which is shown in its place"
             repeats[LeftOut(_shown(kept[key][0]), reason)] = None
         kept[key] = (file, row)
-    own = {(file, _setting(row)): _numbers(row) for file, row in found if not row["control"]}
+    own = {(file, row["run"], _setting(row)): _numbers(row) for file, row in found if not row["control"]}
     controls: dict[tuple[Any, ...], Row] = {}
     for file, row in found:
         setting, key = _setting(row), (*_setting(row), row["control"])
         source, net = kept[setting]
-        if row["control"] and own[file, setting] == _numbers(net) and (key not in controls or file == source):
+        same = own.get((file, row["run"], setting)) == _numbers(net)
+        if row["control"] and same and (key not in controls or file == source):
             controls[key] = row
     return [row for _, row in kept.values()] + list(controls.values()), list(repeats)
 

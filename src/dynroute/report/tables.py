@@ -27,6 +27,7 @@ COLUMNS = (
         "backbone",
         "dataset",
         "flops_target",
+        "flops_max",
         "macs_mean",
         "macs_share",
         "macs_p5",
@@ -95,6 +96,8 @@ def pool(rows: list[Row]) -> pd.DataFrame:
     groups = frame.groupby(GROUP, dropna=False, sort=True)
     table = pd.DataFrame([{**dict(zip(GROUP, key, strict=True)), **_pool(part)} for key, part in groups])
     table["label"] = labels(table)
+    table["flops_max"] = table["flops_max"].astype("float64")
+    table["as_trained"] = as_trained(table)
     table["other"] = table["method"] != STATIC  # sorts static first
     table["setting_share"] = table.groupby(SETTING, dropna=False)["macs_share"].transform("first")  # the net's own
     order = [*PLACE, "other", "method", "label", "setting_share", "flops_target", "identity", "control"]
@@ -175,8 +178,7 @@ def _told_apart(identity: str) -> tuple[str, str]:
     return made, " ".join(filter(None, [f"max {limit}" if limit else "", best or ""]))
 
 
-def chord(part: pd.DataFrame) -> tuple[list[float], list[float]]:
-    """Shares and accuracies of a place's static nets, between which a routed row's control is read off: their frontier."""
-    static = part.loc[as_trained(part), ["macs_share", "top1"]]
-    best = controls.frontier([controls.Point(share, top1, {}) for share, top1 in static.itertuples(index=False)])
+def chord(costs: Iterable[float], top1s: Iterable[float]) -> tuple[list[float], list[float]]:
+    """Costs and accuracies of static nets between which a routed row's control is read off: their frontier."""
+    best = controls.frontier([controls.Point(cost, top1, {}) for cost, top1 in zip(costs, top1s, strict=True)])
     return [point.cost for point in best], [point.top1 for point in best]

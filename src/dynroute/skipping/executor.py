@@ -58,7 +58,6 @@ class FastNet:
         self.net, self.threads, self.memory, self.packed = net.eval(), threads, memory, packed
         self.plain = net.backbone.routable
         self.chain = all(isinstance(unit, ConvUnit) for unit in self.plain)
-        self.tensors = [t for t in (*net.parameters(), *net.buffers()) if not t.is_inference()]  # which never change
         places = [place for unit in self.plain if isinstance(place := getattr(unit, "place", None), Place)]
         maps = [(p.in_channels * p.in_size**2, p.out_channels * p.out_size**2) for p in places]
         self.largest = 4 * max(map(max, maps), default=0)  # bytes of one image's largest map, where known
@@ -69,6 +68,8 @@ class FastNet:
 
     def _take(self) -> None:
         """Everything that is made of weights."""
+        every = (*self.net.parameters(), *self.net.buffers())
+        self.tensors = [t for t in every if not t.is_inference()]  # inference tensors never change
         self.version, backbone = self._version(), self.net.backbone
         weights = 4 * sum(p.numel() for p in backbone.parameters())
         self.programs = Programs(self.plain, self.memory * weights, self.packed)

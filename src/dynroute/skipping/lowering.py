@@ -102,7 +102,7 @@ def straight(module: nn.Module, packed: bool) -> Straight:
 
 
 def plain(layer: nn.Module, kind: type[nn.Module]) -> TypeGuard[Any]:
-    """Whether a layer computes what its kind does: a subclass of another forward, or with hooks, is run as it is."""
+    """Whether a layer computes what its kind does: a subclass of another forward, or one with hooks by now, is run as it is."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     return isinstance(layer, kind) and type(layer).forward is kind.forward and not hooked
 

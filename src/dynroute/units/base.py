@@ -159,8 +159,9 @@ def normalised(
     if enough or not training:
         return F.batch_norm(y_BCHW, *running, *affine, training, momentum, eps)
     mean_C, var_C = (value.clone() for value in running)  # autograd keeps these
-    var, mean = torch.var_mean(y_BCHW.detach().to(mean_C.dtype), (0, 2, 3), correction=0)
-    for value, seen in zip(running, (mean, var), strict=True):
+    seen_BCHW = y_BCHW.detach().to(mean_C.dtype)
+    off_BCHW = seen_BCHW - mean_C[:, None, None]  # around their own mean a few images lie too close together
+    for value, seen in zip(running, (seen_BCHW.mean((0, 2, 3)), off_BCHW.square().mean((0, 2, 3))), strict=True):
         value.data.lerp_(seen, momentum * len(y_BCHW) / FEW)  # as F.batch_norm does: autograd counts no change
     return F.batch_norm(y_BCHW, mean_C, var_C, *affine, False, momentum, eps)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynroute.report import papers, recipes
-from dynroute.report.controls import Point, frontier
+from dynroute.report.controls import as_trained
 from dynroute.report.pictures.style import SHARE_AXIS, Look, Picture, finish, looks, panels, series_name, shortened
 from dynroute.report.read import Row
 from dynroute.report.tables import PLACE, STATIC, chord, pool
@@ -56,19 +56,22 @@ def flops_points(table: pd.DataFrame) -> pd.DataFrame:
         share_p95=table["macs_p95"] / dense,
     )
     places = drawn[DENSE].drop_duplicates().to_dict("records")
-    reported = [
-        row | place for place in places for row in _reported(table) if all(row[name] == place[name] for name in PLACE)
-    ]
+    reported = []
+    for row in _reported(table):
+        there = [place for place in places if all(row[name] == place[name] for name in PLACE)]
+        # of several dense nets beside that which is most like theirs
+        there.sort(key=lambda place, macs=row["macs_dense"]: abs(float(place["macs_dense"]) - macs))  # type: ignore[misc]
+        reported += [row | place for place in there[:1]]
     ours = drawn[[*FLOPS_COLUMNS, "method"]]
     return pd.concat([ours, pd.DataFrame(reported, columns=ours.columns)], ignore_index=True) if reported else ours
 
 
 def _series(table: pd.DataFrame) -> list[str]:
     """What each row belongs to. A static net under a target of after its training is no point of the static nets' line."""
-    named = zip(table["method"], table["label"], table["flops_target"], strict=True)
+    named = zip(table["method"], table["label"], as_trained(table), strict=True)
     return [
-        f"{label}, set to a target" if method == STATIC and target == target else series_name(method, label)
-        for method, label, target in named
+        f"{label}, set after training" if method == STATIC and not trained else series_name(method, label)
+        for method, label, trained in named
     ]
 
 
@@ -90,6 +93,7 @@ def _reported(table: pd.DataFrame) -> list[Row]:
                 "top1": 1 - error / 100,
                 "n_seeds": 0,
                 "method": papers.OURS.get(row["method"], row["method"]),
+                "macs_dense": recipes.DENSE_MACS.get(f"{row['backbone']}/{row['dataset']}", 0.0),
             }
             found.setdefault(tuple(values.values()), values)
     return list(found.values())
@@ -218,7 +222,8 @@ def _flops_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
     """Joined markers; upright bars: std over seeds; thin level bars: 5th to 95th percentile of image cost."""
     ax.set_xlabel(SHARE_AXIS)
     ours = part[part["n_seeds"] > 0]
-    _chord(ax, *chord(ours.assign(macs_share=ours["share"], method=ours["series"])))
+    static = ours[ours["series"] == STATIC]
+    _chord(ax, *chord(static["share"], static["top1"]))
     for series, rows in part.groupby("series"):
         name, rows = str(series), rows.sort_values("share")
         look, x, y = styles[name], 100 * rows["share"], 100 * rows["top1"]
@@ -231,9 +236,8 @@ def _flops_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
 
 def _time_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Look]) -> None:
     ax.set_xlabel("latency, ms an image (mean)")
-    static = part.loc[part["series"] == STATIC, ["latency_ms", "top1"]]
-    best = frontier([Point(ms, top1, {}) for ms, top1 in static.itertuples(index=False)])
-    _chord(ax, [point.cost / 100 for point in best], [point.top1 for point in best])
+    static = part[part["series"] == STATIC]
+    _chord(ax, *chord(static["latency_ms"] / 100, static["top1"]))
     for series, rows in part.groupby("series"):
         name, rows = str(series), rows.sort_values("latency_ms")
         ax.plot(rows["latency_ms"], 100 * rows["top1"], **_edges(styles[name], name), **styles[name].options())
