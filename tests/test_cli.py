@@ -169,7 +169,7 @@ def test_a_loss_that_explodes_is_status_1_and_one_line(tmp_path: Path, capfd: Ca
     wild = ["optim.lr=100", "router.gate_lr=1000", "router.resource_weight=1e6", "router.epochs=4"]
     _, err = said(capfd, "train", *TINY, *wild, "--out", tmp_path / "run", status=1)
     assert err.count("\n") == 1
-    assert "the last good checkpoint is kept; lower optim.lr" in err
+    assert "the last good checkpoint is kept; train anew into another folder, with a lower optim.lr" in err
     said(capfd, "inspect", tmp_path / "run")
 
 

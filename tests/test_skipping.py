@@ -443,6 +443,16 @@ def test_a_net_put_into_training_meanwhile_is_run_in_eval() -> None:
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_router_of_a_chain_sees_the_images_as_they_came(seed: int) -> None:
+    """Slabs that were parted and joined again hold them in another order, one slab of all of them too."""
+    net, x = make_net("rnp", "channels", name="vgg16_cifar", **form_of("vgg16_cifar")), pictures(7, seed, 32)
+    wanted = net(x)
+    out = FastNet(net)(x)
+    assert torch.equal(out.trace.keep_BUG.bool(), wanted.trace.keep_BUG.bool())
+    assert close(out.logits_BK, wanted.logits_BK)
+
+
 NETS: dict[tuple[str, str, str], RoutedNet] = {}
 BODIES = [("resnet8", pair) for pair in PAIRS] + [
     ("conv4", ("rnp", "channels")),

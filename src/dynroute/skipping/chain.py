@@ -142,10 +142,11 @@ def pooled(slabs: Sequence[Slab], images: int, channels: int) -> Tensor:
     for slab in slabs:
         mean_NC = pixel_means(slab.x_NCHW)
         means.append(F.pad(mean_NC, (0, channels - mean_NC.shape[1])) if mean_NC.shape[1] < channels else mean_NC)
-    if len(slabs) == 1:
-        return means[0][:, :, None, None]
-    order = torch.tensor([image for slab in slabs for image in slab.images])
-    return torch.cat(means)[order.argsort()][:, :, None, None]
+    stand = [image for slab in slabs for image in slab.images]
+    mean_BC = means[0] if len(slabs) == 1 else torch.cat(means)
+    if stand != list(range(images)):  # one slab too may hold them in another order than they came in
+        mean_BC = mean_BC[torch.tensor(stand).argsort()]
+    return mean_BC[:, :, None, None]
 
 
 def entire(slabs: Sequence[Slab], images: int, channels: int) -> Tensor:

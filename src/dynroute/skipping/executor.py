@@ -82,7 +82,7 @@ class FastNet:
 
     def _version(self) -> tuple[int, torch.dtype, torch.device]:
         """Another one after every change of weights or buffers in place (a step, a checkpoint loaded), of type or device."""
-        first = self.tensors[0]
+        first = next(self.net.parameters())
         return sum(map(VERSION, self.tensors)), first.dtype, first.device
 
     def _ready(self) -> None:
