@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from dynroute.contracts import InputError, Setting
 from dynroute.net import RoutedNet
 from dynroute.routers import legal, stacked
-from dynroute.skipping import FastNet, cache, chain, executor, kernels, load_forms, packed_works, save_forms
+from dynroute.skipping import FastNet, blocks, cache, chain, executor, kernels, load_forms, packed_works, save_forms
 from dynroute.skipping import unit as unit_room
+from dynroute.skipping.blocks import Blocks
 from dynroute.skipping.cache import LOOK_AGAIN, Key, Programs
 from dynroute.skipping.forms import forms_for
 from dynroute.skipping.kernels import Conv
 from dynroute.skipping.lowering import straight
 from dynroute.skipping.unit import MASKED, SORTED, VIEWS, Scratch, gathered
 from dynroute.testing import close, count_macs, random_routes, shake
-from dynroute.units import FORMS
+from dynroute.units import FORMS, ConvUnit, channel_mask
 from tiny import BLOCK_FORMS, PAIRS, make_net, pictures
 
 FORM_NAMES = (VIEWS, SORTED, MASKED)
@@ -354,21 +356,63 @@ def test_folding_leaves_no_batch_norm_after_a_convolution(bias: bool, affine: bo
 
 
 @pytest.mark.parametrize("memory", [2.6, 50.0])
-@pytest.mark.parametrize(("rate", "call"), [(1e30, 10.0), (1.0, 0.0), (chain.RATE, chain.CALL)])
+@pytest.mark.parametrize(("read", "call"), [(1e30, 10.0), (1e30, 0.0), (1.0, 0.0), (kernels.READ, kernels.CALL)])
 @pytest.mark.parametrize("name", ["conv4", "conv4_bn"])
 def test_every_way_through_a_chain_gives_the_same(
-    name: str, rate: float, call: float, memory: float, monkeypatch: pytest.MonkeyPatch
+    name: str, read: float, call: float, memory: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Work that costs nothing makes layers join all images at their widest; calls that cost nothing keep them apart."""
-    monkeypatch.setattr(chain, "RATE", rate)
-    for module in (chain, unit_room):
+    """Weights that cost nothing to read keep images apart, those that cost much bring them together in blocks."""
+    for module in (chain, unit_room, cache):
         monkeypatch.setattr(module, "CALL", call)
+        monkeypatch.setattr(module, "READ", read)
     net, x = make_net("rnp", "channels", name=name, parts=4), pictures(16)
     keep = random_routes(net.backbone.specs, 16)
     fast, wanted = FastNet(net, memory), net(x, keep)
     for _ in range(2):
         assert close(fast(x, keep).logits_BK, wanted.logits_BK)
     assert close(fast(x).logits_BK, net(x).logits_BK)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("wide", [1, 2, blocks.WIDE])
+def test_a_layer_in_blocks_is_the_masked_layer(wide: int, pool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of unequal width, blocks within parts, all pairs of what is read and kept at once, in any order."""
+    monkeypatch.setattr(blocks, "WIDE", wide)
+    unit = ConvUnit("unit", 7, [2, 2, 1, 3], 6, reads=0, sizes_in=[3, 2, 2], pool=pool).eval()
+    read, kept = zip(*random.Random(0).sample(list(itertools.product(range(1, 4), range(1, 5))), 12), strict=True)
+    x = torch.randn(12, 7, 6, 6).contiguous(memory_format=torch.channels_last)
+    keep, above = (torch.stack([(torch.arange(n) < k).float() for k in counts]) for n, counts in ((4, kept), (3, read)))
+    hidden = x * channel_mask(above, unit.sizes_in)
+    layer = Blocks(unit, packed=True)
+    with torch.inference_mode():
+        assert torch.allclose(layer(x, kept, read), unit(hidden, keep, above), atol=1e-5), (
+            "what is not read may be anything"
+        )
+        for k, r, one in zip(kept, read, x.split(1), strict=True):
+            width = sum(unit.sizes[:k])
+            wanted = unit(one * channel_mask(above[read.index(r)][None], unit.sizes_in), keep[kept.index(k)][None])
+            assert torch.allclose(layer.alike(one, k, r), wanted[:, :width], atol=1e-5)
+    assert layer.bytes == 4 * unit.conv.weight.numel()
+    assert max(t.channels.stop - t.channels.start for t in (*layer.outputs, *layer.inputs)) == min(wide, 3)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize(("read", "expected"), [(1e30, 0), (1.0, 2)])
+def test_minibatches_go_through_blocks_where_weights_are_slow_to_read(
+    read: float, expected: int, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "READ", read)
+    monkeypatch.setattr(chain, "CACHE", 0)
+    monkeypatch.setattr(chain, "SMALL", 8)
+    net, x, ran = make_net("rnp", "channels", name="conv4", parts=4), pictures(16), []
+    keep = net.dense_routes(16) if alike else random_routes(net.backbone.specs, 16)
+    run = Blocks.__call__
+    monkeypatch.setattr(Blocks, "__call__", lambda *args: ran.append(args) or run(*args))
+    fast = FastNet(net)
+    for images in (16, 1):
+        ran.clear()
+        assert close(fast(x[:images], keep[:images]).logits_BK, net(x[:images], keep[:images]).logits_BK)
+        assert len(ran) == (expected if images > 1 else 0)
 
 
 @pytest.mark.parametrize(("name", "unit"), [("rnr", "channels"), ("dmnn", "paths")])

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynroute.skipping.lowering import Narrowed, Straight, Summed, lower, straight, widened
+from dynroute.skipping.blocks import Blocks
+from dynroute.skipping.kernels import CALL, READ
+from dynroute.skipping.lowering import Narrowed, Straight, Summed, lower, widened
 from dynroute.units import ConvUnit, Unit
 
 Program = Straight | Summed | Narrowed
 LOOK_AGAIN = 16  # a pattern that found no room is considered again after being asked for so often;
 BETTER = 1.25  # times as much asked for per byte as what it would take the place of;
+ASIDE = 2.0  # weights of a unit that are set aside for its pieces (by pairs of parts), or for its blocks and its full width;
 FADE = 1 << 14  # patterns asked for after which what was asked before counts half (all ours)
 
 
@@ -33,38 +37,42 @@ class Key(NamedTuple):
 class Programs:
     """What the fast run executes for each pattern, at most `limit` bytes of weights.
 
-    A pattern for which there is no room is run in pieces where patterns are sums (`in_pieces`; all pieces have room set aside),
-    else with everything computed, by the plain unit: making it anew at every call would cost more than either. It takes the
+    A pattern for which there is no room is run in pieces where patterns are sums (`in_pieces`), in a chain in blocks or, where
+    that is faster, by the program of the full width (`in_blocks`); for all of these room is set aside. Else it runs with
+    everything computed, by the plain unit: making it anew at every call would cost more than any of these. It takes the
     place of kept ones that are asked for less often per byte. The layers of a chain with the fewest weights, as many as fit,
-    have room set aside for all of their patterns instead of pieces. Ours.
+    have room set aside for all of their patterns. Ours.
     """
 
     def __init__(self, units: Sequence[Unit], limit: float, packed: bool) -> None:
         self.units, self.limit, self.packed = units, limit, packed
         self.kept: dict[Key, Program] = {}
-        self.pieces: dict[Key, Program] = {}
+        self.pieces: dict[Key, Program] = {}  # and the full widths of layers in blocks
+        self.cut: dict[int, Blocks] = {}  # by unit
         self.instead: dict[Key, list[Program]] = {}  # of patterns without room, as long as they have none
         self.asked: Counter[Key] = Counter()
         self.sizes: dict[Key, int] = {}
         self.whole: dict[Key, Program] = {}
-        aside = sum(_weights(unit) * copies(unit) for unit in units if in_pieces(unit))
-        self.in_pieces = [in_pieces(unit) and aside <= limit for unit in units]
-        self.set_aside = aside if any(self.in_pieces) else 0.0
+        aside = ASIDE * sum(_weights(unit) for unit in units if in_pieces(unit) or in_blocks(unit))
+        room = aside <= limit
+        self.in_pieces = [room and in_pieces(unit) for unit in units]
+        self.in_blocks = [room and in_blocks(unit) for unit in units]
+        self.set_aside = aside if room else 0.0
         self.complete = [False] * len(units)
         for u in sorted(range(len(units)), key=lambda u: _weights(units[u])):
             unit = units[u]
-            more = (
-                _weights(unit) * copies(unit) * ((len(unit.sizes_in) + 1) / 2 - 1) if isinstance(unit, ConvUnit) else 0
-            )
-            if self.in_pieces[u] and more and self.set_aside + more <= limit:
-                self.complete[u], self.set_aside = True, self.set_aside + more
+            if self.in_blocks[u] and isinstance(unit, ConvUnit):
+                more = _weights(unit) * (widths(unit.sizes) * widths(unit.sizes_in) + 1 - ASIDE)
+                if self.set_aside + more <= limit:
+                    self.complete[u], self.set_aside = True, self.set_aside + more
         self.used, self.calls = 0, 0
         self.lock = Lock()
 
     @property
     def bytes(self) -> int:
         """Memory of all that is kept."""
-        return sum(size(p) for found in (self.kept, self.pieces, self.whole) for p in found.values())
+        cut = sum(blocks.bytes for blocks in self.cut.values())
+        return cut + sum(size(p) for found in (self.kept, self.pieces, self.whole) for p in found.values())
 
     def of(self, key: Key) -> list[Program]:
         """The program of a pattern, or the programs whose sum it is. Several threads may ask."""
@@ -80,9 +88,14 @@ class Programs:
             found = self.kept.get(key)
             return self._made(key) if found is None else [found]
 
+    def blocks(self, u: int) -> Blocks:
+        """A layer of a chain in blocks; only where `in_blocks` says so. Several threads may ask."""
+        with self.lock:
+            return self._cut(u)
+
     def crowded(self) -> list[str]:
         """The names of units some of whose patterns have found no room and run with everything computed."""
-        short = {key.unit for key in self.instead if not self.in_pieces[key.unit]}
+        short = {key.unit for key in self.instead if not (self.in_pieces[key.unit] or self.in_blocks[key.unit])}
         return [self.units[u].spec.name for u in sorted(short)]
 
     def _fade(self) -> None:
@@ -94,6 +107,8 @@ class Programs:
     def _made(self, key: Key) -> list[Program]:
         if self.in_pieces[key.unit] and len(parts := self._parted(key)) == 1:
             return [self._piece(parts[0])]
+        if self.in_blocks[key.unit] and everything(key):
+            return [self._piece(key)]
         if self.asked[key] % LOOK_AGAIN == 1:
             fresh = None if key in self.sizes else self._lowered(key)
             if fresh is not None:
@@ -104,30 +119,52 @@ class Programs:
         if instead is None:
             if self.in_pieces[key.unit]:
                 instead = [self._piece(part) for part in self._parted(key)]
+            elif self.in_blocks[key.unit]:
+                instead = [self._without_room(key)]
             else:
                 instead = [unnarrowed(self.units[key.unit], key)]
             self.instead[key] = instead
         return instead
 
+    def _without_room(self, key: Key) -> Program:
+        """A pattern of a layer of a chain in blocks, or from zeros for what is not read by the program of the full width."""
+        unit = self.units[key.unit]
+        assert isinstance(unit, ConvUnit) and key.above is not None
+        own, above = sum(key.own), sum(key.above)
+        outputs, inputs = sum(unit.sizes[:own]), sum(unit.sizes_in[:above])
+        every, width = sum(unit.sizes), sum(unit.sizes_in)
+        weights = _weights(unit) / READ
+        if own * above * CALL + weights * outputs / every * inputs / width < CALL + weights:
+            blocks = self._cut(key.unit)
+            return Narrowed(
+                Straight([lambda x_NCHW: blocks.alike(x_NCHW, own, above)]), slice(0, inputs), every - outputs
+            )
+        full = self._piece(key._replace(own=(True,) * len(key.own), above=(True,) * len(key.above)))
+        assert isinstance(full, Narrowed)
+        run = full.body
+
+        def covered(x_NCHW: Tensor) -> Tensor:
+            out_NCHW = run(widened(x_NCHW, width - inputs))[:, :outputs]
+            return out_NCHW.contiguous(memory_format=torch.channels_last)
+
+        return Narrowed(Straight([covered]), slice(0, inputs), every - outputs)
+
+    def _cut(self, u: int) -> Blocks:
+        unit = self.units[u]
+        assert isinstance(unit, ConvUnit)
+        if u not in self.cut:
+            self.cut[u] = Blocks(unit, self.packed)
+        return self.cut[u]
+
     def _parted(self, key: Key) -> list[Key]:
-        """The pattern in pieces, a part of the unit read each, or at most two neighbouring parts of its own."""
-        if key.above is not None:
-            kept = range(sum(key.above))
-            return [key._replace(above=tuple(h == part for h in range(len(key.above)))) for part in kept]
+        """The pattern in pieces, at most two neighbouring parts each."""
         pairs = range(0, len(key.own), 2)
         pieces = [key._replace(own=tuple(on and g // 2 == p // 2 for g, on in enumerate(key.own))) for p in pairs]
         return [piece for piece in pieces if any(piece.own)] or [key]
 
     def _piece(self, key: Key) -> Program:
         if key not in self.pieces:
-            unit = self.units[key.unit]
-            if isinstance(unit, ConvUnit) and key.above is not None:
-                part = key.above.index(True)
-                first = sum(unit.sizes_in[:part])
-                body = straight(unit.piece(key.own, part), self.packed)
-                self.pieces[key] = Narrowed(body, slice(first, first + unit.sizes_in[part]), 0, True)
-            else:
-                self.pieces[key] = self._lowered(key)
+            self.pieces[key] = self._lowered(key)
         return self.pieces[key]
 
     def _keep(self, key: Key, program: Program) -> Program:
@@ -185,14 +222,22 @@ def unnarrowed(unit: Unit, key: Key) -> Program:
 
 def in_pieces(unit: Unit) -> bool:
     """Whether patterns of the unit may be run as sums of smaller ones: with two parts there is nothing to be won."""
-    if isinstance(unit, ConvUnit):
-        return unit.reads is not None and unit.norm is None and len(unit.sizes_in) > 2
     return unit.additive and unit.spec.parts > 2
 
 
-def copies(unit: Unit) -> float:
-    """Memory of all pieces of a unit, in its weights: by pairs of parts, or of a chain for each number of kept outputs."""
-    return (unit.spec.parts + 1) / 2 if isinstance(unit, ConvUnit) else 2.0
+def in_blocks(unit: Unit) -> bool:
+    """Whether the unit is a layer of a chain that is a sum over what it reads."""
+    return isinstance(unit, ConvUnit) and unit.reads is not None and unit.norm is None
+
+
+def everything(key: Key) -> bool:
+    """Whether the pattern keeps and reads all parts."""
+    return all(key.own) and all(key.above or ())
+
+
+def widths(sizes: Sequence[int]) -> float:
+    """Channels of all prefixes of the parts together, in all channels."""
+    return sum(accumulate(sizes)) / sum(sizes)
 
 
 def size(program: Program) -> int:

@@ -7,6 +7,7 @@ B images, C channels, H W height and width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,12 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynroute.skipping.cache import Key, Programs
+from dynroute.skipping.blocks import tiles
+from dynroute.skipping.cache import Key, Program, Programs
+from dynroute.skipping.kernels import CALL, COPY, READ
 from dynroute.skipping.lowering import Narrowed, widened
-from dynroute.skipping.unit import CALL, COPY, READ, copying_pays, gathered, runs_of
+from dynroute.skipping.unit import copying_pays, gathered, runs_of
 from dynroute.units import ConvUnit
 
-RATE = 4.5e10  # multiply-adds a second of a large convolution on one core (measured, 8 floats at a time; ours)
+SMALL, CACHE, AGAIN = (
+    4,
+    2**20,
+    2.5,
+)  # a call on maps of at most so many pixels a side, whose weights have more than so many
+# bytes, reads them once for every so many images (measured with oneDNN 3.13; ours)
 
 
 class Slab(NamedTuple):
@@ -36,34 +44,62 @@ class FastLayer:
 
     def __init__(self, programs: Programs, unit: ConvUnit) -> None:
         self.programs, self.unit = programs, unit
+        self.outputs, self.inputs = tiles(unit.sizes), tiles(unit.sizes_in)
 
-    def __call__(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> list[Slab]:
-        """The layer's slabs. keys: the pattern of each image of the minibatch, by number."""
-        if len(slabs) == 1 and len(own_of(slabs[0].images, keys)) == 1:  # one image, above all
-            slab, key = slabs[0], keys[slabs[0].images[0]]._replace(above=slabs[0].above)
-            return [Slab(slab.images, self.run(slab.x_NCHW, self.programs.of(key)), key.own)]  # type: ignore[arg-type]
-        slabs, out = self._joined(slabs, keys), []
-        for slab in self._widest(slabs, keys):
+    def __call__(
+        self, slabs: Sequence[Slab], keys: Sequence[Key], programs: Sequence[Program] | None = None
+    ) -> list[Slab]:
+        """The layer's slabs. keys: the pattern of each image of the minibatch, by number; programs: of one that all have."""
+        if len(keys) > 1 and self.programs.in_blocks[keys[0].unit] and self._blocks_pay(slabs, keys):
+            return [self._in_blocks(slabs, keys)]
+        if len(slabs) == 1 and len(set(keys)) == 1:  # one image, above all
+            slab, key = slabs[0], keys[0]._replace(above=slabs[0].above)
+            return [Slab(slab.images, self.run(slab.x_NCHW, programs or self.programs.of(key)), key.own)]
+        out = []
+        for slab in self._joined(slabs, keys):
             for images, x_NCHW in self._split(slab, keys):
                 key = keys[images[0]]._replace(above=slab.above)
-                out.append(Slab(images, self.run(x_NCHW, self.programs.of(key)), key.own))  # type: ignore[arg-type]
+                out.append(Slab(images, self.run(x_NCHW, self.programs.of(key)), key.own))
         return out
 
-    def run(self, x_NCHW: Tensor, programs: Sequence[Narrowed]) -> Tensor:
-        """One program, or several that read different channels, summed, then ReLU and pooling."""
-        if not programs[0].partial:
-            return programs[0].body(x_NCHW)
-        out_NCHW, last = None, len(programs) - 1
-        for i, program in enumerate(programs):
-            read = x_NCHW[:, program.inputs].contiguous(memory_format=torch.channels_last)
-            if out_NCHW is None:
-                out_NCHW = program.body(read)
-            else:
-                program.body.steps[0].add_to(out_NCHW, read, relu=i == last)  # type: ignore[attr-defined]
-        assert out_NCHW is not None
-        if not last:
-            out_NCHW = out_NCHW.relu_()
-        return out_NCHW if self.unit.pool is None else self.unit.pool(out_NCHW)
+    def run(self, x_NCHW: Tensor, programs: Sequence[Program]) -> Tensor:
+        """A program of one pattern; of a chain there is never more than one."""
+        (program,) = programs
+        assert isinstance(program, Narrowed)
+        return program.body(x_NCHW)
+
+    def _blocks_pay(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> bool:
+        """Whether all images through the layer's blocks read so few weights that the copies are worth it.
+
+        The multiply-adds are the same either way, and left out.
+        """
+        images = [image for slab in slabs for image in slab.images]
+        pixels = 4 * self.unit.in_size**2
+        parts = [(sum(keys[i].own), sum(keys[i].above or ())) for i in images]
+        read = [sum(self.unit.sizes_in[:above]) for _, above in parts]
+        kept, widest = max(own for own, _ in parts), max(above for _, above in parts)
+        rows = [tile.part for tile in self.outputs if tile.part < kept]
+        calls = len(rows) * sum(tile.part < widest for tile in self.inputs)
+        gathered = sum(inputs for g in rows for inputs, (own, _) in zip(read, parts, strict=True) if own > g)
+        written = sum(sum(self.unit.sizes[:own]) for own, _ in parts) * (self.unit.out_size / self.unit.in_size) ** 2
+        blocks = calls * CALL + self._bytes(None, None) / READ + 2 * pixels * (gathered + written) / COPY
+        groups = Counter((keys[i].own, slab.above) for slab in slabs for i in slab.images)
+        apart = 2 * pixels * sum(read) / COPY if len(groups) > 1 else 0.0
+        for (own, above), count in groups.items():
+            weights = self._bytes(own, above)
+            small = self.unit.in_size <= SMALL and weights > CACHE
+            apart += CALL + weights / READ * (max(count / AGAIN, 1) if small else 1)
+        return blocks < apart
+
+    def _in_blocks(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> Slab:
+        """All images in one slab of the widest of their widths."""
+        images = [image for slab in slabs for image in slab.images]
+        widest = max(slab.x_NCHW.shape[1] for slab in slabs)
+        wide = [widened(slab.x_NCHW, widest - slab.x_NCHW.shape[1]) for slab in slabs]
+        x_NCHW = wide[0] if len(wide) == 1 else torch.cat(wide)
+        kept = [sum(keys[i].own) for i in images]
+        out_NCHW = self.programs.blocks(keys[0].unit)(x_NCHW, kept, [sum(keys[i].above or ()) for i in images])
+        return Slab(images, out_NCHW, max((keys[i].own for i in images), key=sum))
 
     def _joined(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> list[Slab]:
         """Slabs of one width made one, where that saves enough calls."""
@@ -81,30 +117,6 @@ class FastLayer:
             else:
                 out.extend(same)
         return out
-
-    def _widest(self, slabs: list[Slab], keys: Sequence[Key]) -> list[Slab]:
-        """All images in one slab of the widest of their widths, where reading fewer weights is worth the multiply-adds.
-
-        So it is on small maps, whose convolutions take as long as their weights take to arrive.
-        """
-        if len(slabs) < 2 or slabs[0].above is None or self.unit.norm is not None:  # which is another for every width
-            return slabs
-        wide = max((slab.above for slab in slabs if slab.above is not None), key=sum)
-        pixels = slabs[0].x_NCHW.shape[2] * slabs[0].x_NCHW.shape[3]
-
-        def seconds(images: list[int], above: tuple[bool, ...] | None, moved: int) -> float:
-            owns = [keys[image].own for image in images]
-            work = sum(self._bytes(own, above) for own in owns) * pixels / 4 / RATE
-            return work + sum(CALL + self._bytes(own, above) / READ for own in set(owns)) + 2 * moved / COPY
-
-        images = [image for slab in slabs for image in slab.images]
-        moved = sum(slab.x_NCHW.nbytes for slab in slabs)
-        apart = sum(seconds(slab.images, slab.above, 0) for slab in slabs)
-        if apart <= seconds(images, wide, 2 * moved):
-            return slabs
-        channels = sum(size for size, kept in zip(self.unit.sizes_in, wide, strict=True) if kept)
-        padded = [widened(slab.x_NCHW, channels - slab.x_NCHW.shape[1]) for slab in slabs]
-        return [Slab(images, torch.cat(padded), wide)]
 
     def _split(self, slab: Slab, keys: Sequence[Key]) -> list[tuple[list[int], Tensor]]:
         """The slab by what its images keep."""

@@ -145,9 +145,10 @@ class FastNet:
             self.fixed = fixed = Fixed(setting, keys, programs, keep_1UG, self.net.cost(keep_1UG))
         x_BCHW = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
         if self.chain:
-            for layer, program in zip(self.layers, fixed.programs, strict=True):
-                x_BCHW = layer.run(x_BCHW, program)  # type: ignore[arg-type]
-            x_BCHW = entire([Slab(list(range(images)), x_BCHW, None)], images, sum(self.layers[-1].unit.sizes))
+            slabs = [Slab(list(range(images)), x_BCHW, None)]
+            for layer, key, found in zip(self.layers, fixed.keys, fixed.programs, strict=True):
+                slabs = layer(slabs, [key] * images, found)
+            x_BCHW = entire(slabs, images, sum(self.layers[-1].unit.sizes))
         else:
             mine, positive = self.stem.fresh, False
             for unit, key, program in zip(self.units, fixed.keys, fixed.programs, strict=True):

@@ -18,6 +18,9 @@ RELU, RELU6 = "relu", "hardtanh"  # oneDNN's names
 LIMITS: dict[str, list[float]] = {"none": [], RELU: [], RELU6: [0.0, 6.0]}
 WORTH_PACKING = 3e6  # multiply-adds of a call below which a packed call's fixed 30-50 us outweigh its speed (measured),
 HEAVY = 2e5  # unless there are so many weights, which a plain call would bring into order each time (measured)
+CALL = 40e-6  # seconds that one more call of a convolution costs;
+COPY = 6e9  # bytes a second that a gather moves, and
+READ = 12e9  # that weights are read at: measured on two machines, within a factor of two (ours)
 
 
 class Conv:

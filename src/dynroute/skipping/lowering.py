@@ -58,15 +58,11 @@ class Summed(NamedTuple):
 
 
 class Narrowed(NamedTuple):
-    """A layer of a chain: from these input channels to the first that are kept; `behind` more would be zeros.
-
-    partial: one of several convolutions to be summed, to which ReLU and pooling are still to be done.
-    """
+    """A layer of a chain: from these input channels to the first that are kept; `behind` more would be zeros."""
 
     body: Straight
     inputs: slice
     behind: int
-    partial: bool = False
 
 
 def lower(module: nn.Module, packed: bool) -> Straight | Summed | Narrowed:

@@ -17,13 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from dynroute.skipping.cache import Key, Program, Programs
-from dynroute.skipping.kernels import Conv
+from dynroute.skipping.kernels import CALL, COPY, READ, Conv
 from dynroute.skipping.lowering import Straight, Summed, straight, whole
 
 VIEWS, SORTED, MASKED = "views", "sorted", "masked"  # forms of a unit: as described above, or everything computed
-CALL = 40e-6  # seconds that one more call of a convolution costs;
-COPY = 6e9  # bytes a second that a gather moves, and
-READ = 12e9  # that weights are read at: measured on two machines, within a factor of two (ours)
 
 
 class Run(NamedTuple):

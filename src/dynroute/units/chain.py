@@ -108,15 +108,14 @@ class ConvUnit(Unit):
         pair_HG = tuple(tuple(float(one * read * size) for size in self.sizes) for read in self.sizes_in)
         return CostTerms(0, (0.0,) * len(self.sizes), pair_HG)
 
-    def piece(self, keep: tuple[bool, ...], part: int) -> nn.Conv2d:
-        """What one part of the unit read adds to the first kept outputs, before ReLU; the bias goes with part 0.
+    def block(self, outputs: slice, inputs: slice) -> nn.Conv2d:
+        """What some inputs add to some outputs, before ReLU; the bias goes with the first inputs.
 
-        Only without a BatchNorm, whose statistics depend on how many parts there are.
+        Only without a BatchNorm, whose statistics depend on how many parts are read.
         """
         assert self.norm is None, "with a BatchNorm by width a layer is not a sum over its inputs"
-        first = sum(self.sizes_in[:part])
-        conv = sliced_conv(self.conv, slice(0, sum(self.sizes[: sum(keep)])), slice(first, first + self.sizes_in[part]))
-        if part and conv.bias is not None:
+        conv = sliced_conv(self.conv, outputs, inputs)
+        if inputs.start and conv.bias is not None:
             conv.bias.data.zero_()
         return conv
 
