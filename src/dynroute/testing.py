@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,9 +93,9 @@ def check_router(router: Router, size: int = 8, images: int = 16) -> None:
     features = [torch.randn(images, spec.in_channels, size, size) for spec in router.specs]
     picture = torch.randn(images, 3, size, size)
 
-    def run(rows: slice, by: Router = router) -> list[Tensor]:
+    def run(rows: slice, by: Router = router, shown: Sequence[Tensor] = features) -> list[Tensor]:
         state, keeps = by.begin(picture[rows]), []
-        for u, x_BCHW in enumerate(features):
+        for u, x_BCHW in enumerate(shown):
             decision, state = by.decide(u, x_BCHW[rows], state)
             keeps.append(decision.keep_BG)
         return keeps
@@ -113,6 +114,14 @@ def check_router(router: Router, size: int = 8, images: int = 16) -> None:
     assert all(map(torch.equal, first, run(every, deployed))), "deployed() decides otherwise"
     counted = count_macs(lambda: run(slice(0, 1), deployed))
     assert counted == router.macs(), f"macs() says {router.macs():.0f}, one image's decisions do {counted}"
+    if deployed.leading:
+        cut = [x_BCHW[:, : (x_BCHW.shape[1] + 1) // 2] for x_BCHW in features]
+        whole = [
+            F.pad(part, (0, 0, 0, 0, 0, x.shape[1] - part.shape[1])) for part, x in zip(cut, features, strict=True)
+        ]
+        for rows in (every, slice(0, 1)):
+            both = [run(rows, deployed, shown) for shown in (cut, whole)]
+            assert all(map(torch.equal, *both)), "the first channels alone are not the same as zeros behind them"
     costs = []
     for end in router.price_limits:  # low to high
         router.price = end

@@ -46,6 +46,7 @@ class Router(nn.Module):
     setting: the dial as calibrated for a target: one price, or two. limit: what no image may exceed, whatever the price.
     train_only: names of submodules that a deployed net does without. remarks: what the user is told when training starts.
     pooled: decide() looks at nothing but the mean of a feature map over its pixels, so that it may be given (B, C, 1, 1).
+    leading: decide() may be given the first channels of a feature map alone, where the others are zeros.
     alike: all images of one price get the same route.
     """
 
@@ -55,6 +56,7 @@ class Router(nn.Module):
     train_only: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     pooled: bool = False
+    leading: bool = False
     alike: bool = False
 
     def __init__(self, specs: Sequence[UnitSpec]) -> None:

@@ -14,6 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynroute.contracts import Decision
@@ -70,22 +71,25 @@ class Biases(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """State of the agent. action_B: of the unit before; None: there is none."""
+    """State of the agent. action: of the unit before, (B,), or a number for an image alone; None: there is none."""
 
     biases: Biases
     h_BD: Tensor
     c_BD: Tensor
-    action_B: Tensor | None
+    action: Tensor | int | None
 
 
 class DeployedAgent(Deployed["QRouter"]):
     """The Q-agent."""
+
+    leading = True
 
     @torch.no_grad()
     def __init__(self, source: QRouter) -> None:
         super().__init__(source)
         agent, parts = self.source.agent, range(len(self.specs))
         self.keeps = [self.source.get_buffer(f"keep_{u}") for u in parts]
+        self.rows = [keep_AG.split(1) for keep_AG in self.keeps]
         self.encoders, self.first_biases = [], []  # (C, D) and (D,), BatchNorm folded in
         for encoder, norm in zip(_linear(agent.encoders), self.source.norms, strict=True):
             scale_C, shift_C = _folded(norm)
@@ -103,11 +107,13 @@ class DeployedAgent(Deployed["QRouter"]):
     def values(self, u: int, x_BCHW: Tensor, state: Memory) -> tuple[Tensor, Tensor, Tensor]:
         """What each action is worth less what it is charged, (B, A), and the next hidden state."""
         sum_BC = x_BCHW.sum((2, 3), dtype=torch.float32)
-        bias = state.biases.code[u]
-        if len(bias) > 1 and state.action_B is not None:
-            bias = bias.index_select(0, state.action_B)
+        bias, action, weight_CD = state.biases.code[u], state.action, self.encoders[u]
+        if sum_BC.shape[1] < len(weight_CD):  # zeros, not a smaller product: a decision costs what it is charged
+            sum_BC = F.pad(sum_BC, (0, len(weight_CD) - sum_BC.shape[1]))
+        if len(bias) > 1 and action is not None:
+            bias = bias[action : action + 1] if isinstance(action, int) else bias.index_select(0, action)
         pixels = x_BCHW.shape[2] * x_BCHW.shape[3]
-        code_BD = torch.addmm(bias, sum_BC, self.encoders[u], alpha=1 / pixels).relu_()
+        code_BD = torch.addmm(bias, sum_BC, weight_CD, alpha=1 / pixels).relu_()
         h_BD, c_BD = self.cell(code_BD, state.h_BD, state.c_BD)
         return torch.addmm(state.biases.q[u], h_BD, self.decoders[u]), h_BD, c_BD
 
@@ -115,6 +121,9 @@ class DeployedAgent(Deployed["QRouter"]):
         """The best action. No notes."""
         q_BA, h_BD, c_BD = self.values(u, x_BCHW, state)
         action_B = q_BA.argmax(1)
+        if len(q_BA) == 1 and not torch.compiler.is_exporting():  # rows that are there cost less than gathers
+            action = int(action_B)
+            return Decision(self.rows[u][action], {}), Memory(state.biases, h_BD, c_BD, action)
         return Decision(self.keeps[u].index_select(0, action_B), {}), Memory(state.biases, h_BD, c_BD, action_B)
 
     def _priced(self) -> Biases:

@@ -221,12 +221,17 @@ class FastNet:
     def _chain(self, x_BCHW: Tensor, routes: Routes) -> Tensor:
         """The layers of a chain, feature maps without the channels that are not kept."""
         images, slabs = len(x_BCHW), [Slab(list(range(len(x_BCHW))), x_BCHW, None)]
-        see = pooled if self.router.pooled else entire
         for u, layer in enumerate(self.layers):
             channels = self.plain[u].spec.in_channels
-            keys = routes.decide(u, partial(see, slabs, images, channels))
+            keys = routes.decide(u, partial(self._seen, slabs, images, channels))
             slabs = layer(slabs, keys)
         return entire(slabs, images, sum(self.layers[-1].unit.sizes))
+
+    def _seen(self, slabs: Sequence[Slab], images: int, channels: int) -> Tensor:
+        """What the router of a chain is shown: as little as it can do with."""
+        if images == 1 and self.router.leading:
+            return slabs[0].x_NCHW
+        return (pooled if self.router.pooled else entire)(slabs, images, channels)
 
     def _workers(self) -> ThreadPoolExecutor:
         """Threads that compute with one core each; this thread keeps the number it has."""
@@ -298,7 +303,7 @@ class Routes:
         else:
             decision, self.journey = self.router.choose(u, look(), self.journey)
             keep_BG = decision.keep_BG
-        own = list(map(tuple, keep_BG.bool().tolist()))
+        own = [tuple(map(bool, row)) for row in keep_BG.tolist()]
         self.keeps.append(keep_BG)
         self.rows.append(own)
         above = [None] * len(own) if unit.reads is None else self.rows[unit.reads]

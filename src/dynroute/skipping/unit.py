@@ -88,6 +88,8 @@ class FastUnit:
 
     def order(self, keys: Sequence[Key], x_BCHW: Tensor, form: str | None) -> list[int] | None:
         """The images by pattern, where they are to be copied into that order (by form, else where it pays); else None."""
+        if len(keys) == 1:
+            return None
         saved = len(runs_of(keys)) - len(set(keys))
         pays = copying_pays(3 * saved, self.weights / 3, x_BCHW.nbytes) or not x_BCHW.is_cpu  # where calls are dear
         if saved and (form == SORTED if form else pays):
