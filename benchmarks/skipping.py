@@ -22,7 +22,8 @@ import torch
 from dynroute.assembly import untrained
 from dynroute.bench import POOL, Case, Plan, choose_clock, interleaved, numbered
 from dynroute.net import RoutedNet
-from dynroute.provenance import affinity, commit, machine
+from dynroute.processors import affinity
+from dynroute.provenance import commit, machine
 from dynroute.records import BenchRow, read_rows, write_rows
 from dynroute.skipping import fast_net
 from dynroute.timing import Request, bench_untrained, drawn

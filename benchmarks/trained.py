@@ -19,7 +19,8 @@ from dynroute.bench import Plan, Point
 from dynroute.data import loader
 from dynroute.evaluation import Evaluator
 from dynroute.measure import evaluate
-from dynroute.provenance import affinity, commit, machine
+from dynroute.processors import affinity
+from dynroute.provenance import commit, machine
 from dynroute.records import read_rows, write_rows
 from dynroute.skipping import FastNet
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOMS = [
     "contracts",
+    "processors",
     "records",
     "calibration",
     "data",
@@ -54,7 +55,7 @@ ROOMS = [
     "__main__",
 ]
 ONLY_IN = {"typer": {"cli"}, "omegaconf": {"config"}}
-WITHOUT_TORCH = {"cli", "console", "report", "records", "calibration", "contracts", "__main__"}
+WITHOUT_TORCH = {"cli", "console", "report", "records", "calibration", "contracts", "processors", "__main__"}
 
 
 def named(path: Path) -> str:

@@ -37,7 +37,8 @@ from dynroute.bench.others import Unavailable
 from dynroute.cli import main
 from dynroute.contracts import InputError, UnitSpec
 from dynroute.net import RoutedNet
-from dynroute.provenance import affinity, environment
+from dynroute.processors import affinity
+from dynroute.provenance import environment
 from dynroute.records import BENCH_COLUMNS, BenchRow, merge_bench, read_rows
 from dynroute.report.read import read
 from dynroute.routers import Router, legal

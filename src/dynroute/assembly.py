@@ -21,7 +21,7 @@ from dynroute.data import Dataset, DataSpec, known_spec, load, split_fingerprint
 from dynroute.fit import Teacher
 from dynroute.net import RoutedNet
 from dynroute.optim import amp_dtype
-from dynroute.provenance import processors
+from dynroute.processors import processors
 from dynroute.routers.static import StaticOptions
 from dynroute.skipping import FastNet
 

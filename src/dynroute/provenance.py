@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dynroute.config import Config
+from dynroute.processors import affinity
 
 
 def bench_labels(config: Config, device: torch.device) -> dict[str, str]:
@@ -25,24 +25,6 @@ def bench_labels(config: Config, device: torch.device) -> dict[str, str]:
         "config_hash": config.hash(),
         "torch": torch.__version__,
     }
-
-
-def processors() -> list[int]:
-    """The processors that this process may use; where the system does not say (macOS, Windows), all there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def affinity() -> str:
-    """The processors that this process may use, as 0-3,8."""
-    runs: list[list[int]] = []
-    for cpu in processors():
-        if runs and cpu == runs[-1][-1] + 1:
-            runs[-1].append(cpu)
-        else:
-            runs.append([cpu])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def commit() -> str:

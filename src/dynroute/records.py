@@ -134,6 +134,11 @@ class BenchRow:
     torch: str = ""
 
 
+def usual_clock(device: str, threads: int) -> str:
+    """The clock that is chosen where none is asked for: that of the thread where one does all the work."""
+    return "cuda" if device.startswith("cuda") else "thread" if threads == 1 else "wall"
+
+
 BENCH_COLUMNS = tuple(f.name for f in fields(BenchRow))
 BENCH_KEY = ("mode", "flops_target", "flops_max", "checkpoint", "rate", "batch", "threads", "device", "dtype", "clock")
 EVAL_COLUMNS = tuple(f.name for f in fields(EvalRow))

@@ -34,7 +34,8 @@ from dynroute.contracts import InputError
 from dynroute.data import DataSpec
 from dynroute.evaluation import Evaluator
 from dynroute.net import RoutedNet
-from dynroute.provenance import bench_labels, environment, processors
+from dynroute.processors import processors
+from dynroute.provenance import bench_labels, environment
 from dynroute.records import BENCH_FILE, FORMS_FILE, BenchRow, merge_bench, nearest
 from dynroute.routers import ranged
 from dynroute.skipping import Forms, save_forms

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dynroute.contracts import InputError
+from dynroute.records import usual_clock
 
 LEAST = 10  # rounds at least, however long one takes
 WARM = 3  # rounds before the first that counts
@@ -130,12 +131,10 @@ def choose_clock(name: str, threads: int, device: torch.device) -> tuple[str, Cl
 
     Raises InputError where the thread's clock would not see all the work.
     """
-    if device.type == "cuda" and name != "wall":
-        if name == "thread":
-            raise InputError(f"--clock thread does not see what {device} does; auto and wall do")
-        return "cuda", cuda_clock(device)
-    if name == "thread" and threads > 1:
-        raise InputError(f"--clock thread sees one thread, not {threads}; auto and wall see all")
-    if name == "thread" or (name == "auto" and threads == 1):
-        return "thread", thread_clock
-    return "wall", wall_clock
+    usual = usual_clock(device.type, threads)
+    if name == "thread" != usual:
+        sees = f"does not see what {device} does" if usual == "cuda" else f"sees one thread, not {threads}"
+        raise InputError(f"--clock thread {sees}; auto and wall do")
+    clocks = {"thread": thread_clock, "wall": wall_clock, "cuda": cuda_clock(device)}
+    chosen = usual if name == "auto" else name
+    return chosen, clocks[chosen]

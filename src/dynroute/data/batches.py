@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from dynroute.contracts import Batch, InputError
 from dynroute.data.files import FileImages, collate
 from dynroute.data.spec import DataSpec, FileSplit, Split
+from dynroute.processors import processors
 
 SHIFTED = "folder"  # data whose crops do not depend on whether they have room in memory
 
@@ -63,7 +63,7 @@ class Loader:
         stream = DataLoader(
             images,
             batch_sampler=[rows_B.tolist() for rows_B in rows],
-            num_workers=min(self.workers or min(os.cpu_count() or 1, 8), len(rows)),
+            num_workers=min(self.workers or min(len(processors()), 8), len(rows)),
             collate_fn=collate,
             generator=torch.Generator(),  # or it would draw from the global one
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from dynroute.contracts import InputError
 from dynroute.data.spec import DataSpec, FileSplit, Split
+from dynroute.processors import processors
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
 
@@ -63,7 +63,7 @@ def into_memory(split: FileSplit, size: int) -> Split:
     def decode(row: int) -> None:
         images[row] = np.asarray(centre(read_image(split.paths[row]), size, split.short_side))
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    with ThreadPoolExecutor(min(len(processors()), 16)) as pool:
         list(pool.map(decode, range(len(split))))
     return Split(torch.from_numpy(images), split.labels)
 

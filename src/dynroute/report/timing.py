@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynroute.contracts import InputError
-from dynroute.records import read_rows
+from dynroute.records import read_rows, usual_clock
 
 Row = dict[str, Any]
 OWN = ("skipping", "masked")  # forms of the net itself; the others compute the dense net or all parts
@@ -78,8 +78,8 @@ def of_row(row: Mapping[str, Any], timed: Iterable[Row]) -> dict[Clock, Taken]:
     if row["latency_ms_p50"] is not None and row["latency_batch"] and row["latency_threads"]:
         sizes = int(row["latency_batch"]), int(row["latency_threads"])
         device = row["latency_device"]
-        by = "cuda" if device.startswith("cuda") else "thread" if sizes[1] == 1 else "wall"  # as `eval` chooses
-        found.setdefault(Clock(*sizes, device, "fp32", row["machine"], by), _taken(row))
+        clock = Clock(*sizes, device, "fp32", row["machine"], usual_clock(device, sizes[1]))
+        found.setdefault(clock, _taken(row))
     return found
 
 

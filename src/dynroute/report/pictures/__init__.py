@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynroute.processors import processors
 from dynroute.report.pictures.style import MOST_PANELS, STYLE, Picture
 from dynroute.report.read import LeftOut, Row
 from dynroute.report.routed import Routed, one_run_each
@@ -51,7 +51,7 @@ def write_all(
 
 def _at_once(drawings: Sequence[Drawing]) -> list[Picture | None]:
     """What each gives, in their order: side by side in processes, where the system can copy this one; no torch runs in them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cores = len(processors())
     if cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
         return [draw() for draw in drawings]
     quiet = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's to tell
