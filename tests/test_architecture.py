@@ -95,7 +95,7 @@ def violations(own: str, names: set[str]) -> list[str]:
         inner = rest.split(".")[0]
         if head == "dynroute" and inner in ROOMS:
             upwards = ROOMS.index(inner) > ROOMS.index(own)
-            stranger = own == "report" and inner not in ("report", "records", "contracts")
+            stranger = own == "report" and inner not in ("report", "records", "contracts", "processors")
             bad += [name] if upwards or stranger else []
         elif own not in ONLY_IN.get(head, {own}):
             bad.append(name)

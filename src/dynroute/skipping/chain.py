@@ -71,8 +71,12 @@ class FastLayer:
     def _blocks_pay(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> bool:
         """Whether all images through the layer's blocks read so few weights that the copies are worth it.
 
-        The multiply-adds are the same either way, and left out.
+        The multiply-adds are the same either way, and left out. Known of processors alone.
         """
+        groups = Counter((keys[i].own, slab.above) for slab in slabs for i in slab.images)
+        small = self.unit.in_size <= SMALL
+        if not slabs[0].x_NCHW.is_cpu or (len(groups) == 1 and not small):
+            return False
         images = [image for slab in slabs for image in slab.images]
         pixels = 4 * self.unit.in_size**2
         parts = [(sum(keys[i].own), sum(keys[i].above or ())) for i in images]
@@ -83,12 +87,10 @@ class FastLayer:
         gathered = sum(inputs for g in rows for inputs, (own, _) in zip(read, parts, strict=True) if own > g)
         written = sum(sum(self.unit.sizes[:own]) for own, _ in parts) * (self.unit.out_size / self.unit.in_size) ** 2
         blocks = calls * CALL + self._bytes(None, None) / READ + 2 * pixels * (gathered + written) / COPY
-        groups = Counter((keys[i].own, slab.above) for slab in slabs for i in slab.images)
         apart = 2 * pixels * sum(read) / COPY if len(groups) > 1 else 0.0
         for (own, above), count in groups.items():
             weights = self._bytes(own, above)
-            small = self.unit.in_size <= SMALL and weights > CACHE
-            apart += CALL + weights / READ * (max(count / AGAIN, 1) if small else 1)
+            apart += CALL + weights / READ * (max(count / AGAIN, 1) if small and weights > CACHE else 1)
         return blocks < apart
 
     def _in_blocks(self, slabs: Sequence[Slab], keys: Sequence[Key]) -> Slab:
