@@ -27,7 +27,7 @@ from dynroute.skipping.lowering import straight
 from dynroute.skipping.unit import MASKED, SORTED, VIEWS, Scratch, gathered
 from dynroute.testing import close, count_macs, random_routes, shake
 from dynroute.units import FORMS, ConvUnit, channel_mask
-from tiny import BLOCK_FORMS, PAIRS, make_net, pictures
+from tiny import BLOCK_FORMS, PAIRS, make_net, make_router, pictures
 
 FORM_NAMES = (VIEWS, SORTED, MASKED)
 
@@ -413,6 +413,46 @@ def test_minibatches_go_through_blocks_where_weights_are_slow_to_read(
         ran.clear()
         assert close(fast(x[:images], keep[:images]).logits_BK, net(x[:images], keep[:images]).logits_BK)
         assert len(ran) == (expected if images > 1 else 0)
+
+
+@pytest.mark.parametrize(("wide", "calls"), [(1, 64), (blocks.WIDE, 4)])
+def test_a_pattern_without_room_takes_the_fewer_calls_or_the_fewer_weights(
+    wide: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where parts are cut further, each pair of cuts is a call."""
+    monkeypatch.setattr(blocks, "WIDE", wide)
+    unit = make_net("static", "channels", name="conv4", parts=4).backbone.routable[2]
+    size = 4 * sum(p.numel() for p in unit.parameters())
+    run, ran = Blocks.__call__, []
+    monkeypatch.setattr(Blocks, "__call__", lambda *args: ran.append(args) or run(*args))
+    half = (True, True, False, False)
+    for call, expected in (
+        (0.99, 1),
+        (1.01, 0),
+    ):  # times what all calls but one may cost: the weights that are not read
+        monkeypatch.setattr(cache, "CALL", call * 0.75 * size / cache.READ / (calls - 1))
+        programs, narrow = Programs([unit, unit, unit], 2 * 3 * size, packed=False), unit.narrow(half, half)
+        (program,) = programs.of(Key(2, half, half))
+        assert program.body.bytes == 0, "no room for a program of its own"
+        x = torch.randn(2, unit.spec.in_channels, 8, 8)
+        ran.clear()
+        assert close(program.body(x[:, program.inputs]), narrow.layers(x[:, program.inputs]))
+        assert len(ran) == expected
+
+
+def test_a_static_chain_has_room_for_its_one_pattern() -> None:
+    body, x = make_net("static", "channels", name="vgg16_cifar", parts=4, size=32).backbone, pictures(2, size=32)
+    fast = FastNet(RoutedNet(body, make_router("static", body.specs, width=0.5)))
+    fast(x[:1])
+    assert not fast.programs.instead and fast.programs.kept
+
+
+def test_blocks_are_for_processors() -> None:
+    net = make_net("rnp", "channels", name="vgg16_cifar", parts=4, size=32, width=64)
+    fast, keys = FastNet(net), [Key(11, (True,) * n + (False,) * (4 - n), (True,) * 4) for n in (1, 2, 3, 4)] * 8
+    for device, expected in (("cpu", True), ("meta", False)):
+        maps = torch.empty(32, 512, 2, 2, device=device)
+        assert fast.layers[11]._blocks_pay([chain.Slab(list(range(32)), maps, (True,) * 4)], keys) is expected
 
 
 @pytest.mark.parametrize(("name", "unit"), [("rnr", "channels"), ("dmnn", "paths")])

@@ -135,6 +135,5 @@ def choose_clock(name: str, threads: int, device: torch.device) -> tuple[str, Cl
     if name == "thread" != usual:
         sees = f"does not see what {device} does" if usual == "cuda" else f"sees one thread, not {threads}"
         raise InputError(f"--clock thread {sees}; auto and wall do")
-    clocks = {"thread": thread_clock, "wall": wall_clock, "cuda": cuda_clock(device)}
     chosen = usual if name == "auto" else name
-    return chosen, clocks[chosen]
+    return chosen, {"thread": thread_clock, "wall": wall_clock}.get(chosen) or cuda_clock(device)

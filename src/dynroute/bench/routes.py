@@ -27,7 +27,8 @@ class Overruled(Router):
 
     def __init__(self, router: Router, routes_NUG: Tensor) -> None:
         super().__init__(router.specs)
-        self.router, self.price_limits, self.pooled = router, router.price_limits, router.pooled
+        self.router, self.price_limits = router, router.price_limits
+        self.pooled, self.leading = router.pooled, router.leading
         self.register_buffer("routes_NUG", routes_NUG.float(), persistent=False)
 
     def begin(self, x_BCHW: Tensor) -> State:
@@ -55,7 +56,8 @@ class Opened(Router):
 
     def __init__(self, router: Router, dense_UG: Tensor) -> None:
         super().__init__(router.specs)
-        self.router, self.pooled, self.dense_UG = router, router.pooled, dense_UG
+        self.router, self.dense_UG = router, dense_UG
+        self.pooled, self.leading = router.pooled, router.leading
 
     def begin(self, x_BCHW: Tensor) -> State:
         """The router's own."""

@@ -46,7 +46,7 @@ class Router(nn.Module):
     setting: the dial as calibrated for a target: one price, or two. limit: what no image may exceed, whatever the price.
     train_only: names of submodules that a deployed net does without. remarks: what the user is told when training starts.
     pooled: decide() looks at nothing but the mean of a feature map over its pixels, so that it may be given (B, C, 1, 1).
-    leading: decide() may be given the first channels of a feature map alone, where the others are zeros.
+    leading: decide() may be given the first channels of a feature map alone, where the others are zeros (FastNet: of one image).
     alike: all images of one price get the same route.
     """
 

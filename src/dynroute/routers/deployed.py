@@ -89,7 +89,7 @@ class DeployedAgent(Deployed["QRouter"]):
         super().__init__(source)
         agent, parts = self.source.agent, range(len(self.specs))
         self.keeps = [self.source.get_buffer(f"keep_{u}") for u in parts]
-        self.rows = [keep_AG.split(1) for keep_AG in self.keeps]
+        self.rows = [keep_AG.split(1) for keep_AG in self.keeps]  # not to be written to: they are the keeps
         self.encoders, self.first_biases = [], []  # (C, D) and (D,), BatchNorm folded in
         for encoder, norm in zip(_linear(agent.encoders), self.source.norms, strict=True):
             scale_C, shift_C = _folded(norm)

@@ -3,7 +3,7 @@
 Images of all patterns go through together, every block running for those that read and keep its channels. So a minibatch reads
 each weight once, where narrow layers for every pattern read 6.25 times the weights (four parts a side), and a block's weights
 stay in the cache from one image to the next. On small maps that is most of the time. And any pattern is a sum of blocks, so that
-memory of one times the weights is enough for all of them. Ours.
+memory of one times the weights is enough for all of them. Without a BatchNorm: that is another for every width. Ours.
 N images, C channels, H W height and width.
 """
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
 from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynroute.skipping.blocks import Blocks
+from dynroute.skipping.blocks import Blocks, tiles
 from dynroute.skipping.kernels import CALL, READ
 from dynroute.skipping.lowering import Narrowed, Straight, Summed, lower, widened
 from dynroute.units import ConvUnit, Unit
@@ -40,8 +39,7 @@ class Programs:
     A pattern for which there is no room is run in pieces where patterns are sums (`in_pieces`), in a chain in blocks or, where
     that is faster, by the program of the full width (`in_blocks`); for all of these room is set aside. Else it runs with
     everything computed, by the plain unit: making it anew at every call would cost more than any of these. It takes the
-    place of kept ones that are asked for less often per byte. The layers of a chain with the fewest weights, as many as fit,
-    have room set aside for all of their patterns. Ours.
+    place of kept ones that are asked for less often per byte. Ours.
     """
 
     def __init__(self, units: Sequence[Unit], limit: float, packed: bool) -> None:
@@ -52,19 +50,11 @@ class Programs:
         self.instead: dict[Key, list[Program]] = {}  # of patterns without room, as long as they have none
         self.asked: Counter[Key] = Counter()
         self.sizes: dict[Key, int] = {}
-        self.whole: dict[Key, Program] = {}
         aside = ASIDE * sum(_weights(unit) for unit in units if in_pieces(unit) or in_blocks(unit))
         room = aside <= limit
         self.in_pieces = [room and in_pieces(unit) for unit in units]
         self.in_blocks = [room and in_blocks(unit) for unit in units]
         self.set_aside = aside if room else 0.0
-        self.complete = [False] * len(units)
-        for u in sorted(range(len(units)), key=lambda u: _weights(units[u])):
-            unit = units[u]
-            if self.in_blocks[u] and isinstance(unit, ConvUnit):
-                more = _weights(unit) * (widths(unit.sizes) * widths(unit.sizes_in) + 1 - ASIDE)
-                if self.set_aside + more <= limit:
-                    self.complete[u], self.set_aside = True, self.set_aside + more
         self.used, self.calls = 0, 0
         self.lock = Lock()
 
@@ -72,15 +62,11 @@ class Programs:
     def bytes(self) -> int:
         """Memory of all that is kept."""
         cut = sum(blocks.bytes for blocks in self.cut.values())
-        return cut + sum(size(p) for found in (self.kept, self.pieces, self.whole) for p in found.values())
+        return cut + sum(size(p) for found in (self.kept, self.pieces) for p in found.values())
 
     def of(self, key: Key) -> list[Program]:
         """The program of a pattern, or the programs whose sum it is. Several threads may ask."""
         with self.lock:
-            if self.complete[key.unit]:
-                if key not in self.whole:
-                    self.whole[key] = self._lowered(key)
-                return [self.whole[key]]
             self.asked[key] += 1
             self.calls += 1
             if self.calls % FADE == 0:
@@ -133,8 +119,8 @@ class Programs:
         own, above = sum(key.own), sum(key.above)
         outputs, inputs = sum(unit.sizes[:own]), sum(unit.sizes_in[:above])
         every, width = sum(unit.sizes), sum(unit.sizes_in)
-        weights = _weights(unit) / READ
-        if own * above * CALL + weights * outputs / every * inputs / width < CALL + weights:
+        calls, weights = len(tiles(unit.sizes[:own])) * len(tiles(unit.sizes_in[:above])), _weights(unit) / READ
+        if calls * CALL + weights * outputs / every * inputs / width < CALL + weights:
             blocks = self._cut(key.unit)
             return Narrowed(
                 Straight([lambda x_NCHW: blocks.alike(x_NCHW, own, above)]), slice(0, inputs), every - outputs
@@ -233,11 +219,6 @@ def in_blocks(unit: Unit) -> bool:
 def everything(key: Key) -> bool:
     """Whether the pattern keeps and reads all parts."""
     return all(key.own) and all(key.above or ())
-
-
-def widths(sizes: Sequence[int]) -> float:
-    """Channels of all prefixes of the parts together, in all channels."""
-    return sum(accumulate(sizes)) / sum(sizes)
 
 
 def size(program: Program) -> int:

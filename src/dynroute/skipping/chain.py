@@ -22,12 +22,9 @@ from dynroute.skipping.lowering import Narrowed, widened
 from dynroute.skipping.unit import copying_pays, gathered, runs_of
 from dynroute.units import ConvUnit
 
-SMALL, CACHE, AGAIN = (
-    4,
-    2**20,
-    2.5,
-)  # a call on maps of at most so many pixels a side, whose weights have more than so many
-# bytes, reads them once for every so many images (measured with oneDNN 3.13; ours)
+# A call on maps of at most SMALL pixels a side whose weights have more than CACHE bytes reads them anew for every AGAIN images
+# (measured with oneDNN 3.13 on one processor; ours).
+SMALL, CACHE, AGAIN = 4, 2**20, 2.5
 
 
 class Slab(NamedTuple):
@@ -84,9 +81,9 @@ class FastLayer:
         kept, widest = max(own for own, _ in parts), max(above for _, above in parts)
         rows = [tile.part for tile in self.outputs if tile.part < kept]
         calls = len(rows) * sum(tile.part < widest for tile in self.inputs)
-        gathered = sum(inputs for g in rows for inputs, (own, _) in zip(read, parts, strict=True) if own > g)
+        copied = sum(inputs for g in rows for inputs, (own, _) in zip(read, parts, strict=True) if own > g)
         written = sum(sum(self.unit.sizes[:own]) for own, _ in parts) * (self.unit.out_size / self.unit.in_size) ** 2
-        blocks = calls * CALL + self._bytes(None, None) / READ + 2 * pixels * (gathered + written) / COPY
+        blocks = calls * CALL + self._bytes(None, None) / READ + 2 * pixels * (copied + written) / COPY
         apart = 2 * pixels * sum(read) / COPY if len(groups) > 1 else 0.0
         for (own, above), count in groups.items():
             weights = self._bytes(own, above)
