@@ -430,7 +430,7 @@ def test_a_pattern_without_room_takes_the_fewer_calls_or_the_fewer_weights(
         (0.99, 1),
         (1.01, 0),
     ):  # times what all calls but one may cost: the weights that are not read
-        monkeypatch.setattr(cache, "CALL", call * 0.75 * size / cache.READ / (calls - 1))
+        monkeypatch.setattr(cache, "CALL", call * 0.75 * size * (1 / cache.READ + 64 / 4 / cache.RATE) / (calls - 1))
         programs, narrow = Programs([unit, unit, unit], 2 * 3 * size, packed=False), unit.narrow(half, half)
         (program,) = programs.of(Key(2, half, half))
         assert program.body.bytes == 0, "no room for a program of its own"

@@ -50,10 +50,11 @@ class Blocks:
         x_NHWC = x_NCHW.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         wanted = [tile for tile in self.outputs if tile.part < max(kept)]
         alike, out_NHWC = min(kept) == max(kept), None
+        shared: dict[int, Tensor] = {}  # copies of what all images read, by tile
         for tile, row in zip(wanted, self.rows, strict=False):
             images = sorted((n for n, count in enumerate(kept) if count > tile.part), key=lambda n: -read[n])
             index = None if images == list(range(len(kept))) else torch.tensor(images, device=x_NCHW.device)
-            y_NHWC = self._row(row, x_NHWC, [read[n] for n in images], index)
+            y_NHWC = self._row(row, x_NHWC, [read[n] for n in images], index, shared)
             if out_NHWC is None:
                 make = y_NHWC.new_empty if alike else y_NHWC.new_zeros
                 out_NHWC = make((len(kept), *y_NHWC.shape[1:3], wanted[-1].channels.stop))
@@ -69,15 +70,21 @@ class Blocks:
         """The same for images of one pattern."""
         return self(x_NCHW, [kept] * len(x_NCHW), [read] * len(x_NCHW))
 
-    def _row(self, row: Sequence[Conv], x_NHWC: Tensor, read: Sequence[int], index: Tensor | None) -> Tensor:
+    def _row(
+        self, row: Sequence[Conv], x_NHWC: Tensor, read: Sequence[int], index: Tensor | None, shared: dict[int, Tensor]
+    ) -> Tensor:
         """Output channels of one tile, of the images at `index` (None: of all), of which the first reads most parts."""
         out_NCHW: Tensor | None = None
-        for conv, tile in zip(row, self.inputs, strict=True):
+        for i, (conv, tile) in enumerate(zip(row, self.inputs, strict=True)):
             count = sum(parts > tile.part for parts in read)
             if not count:
                 break
-            part_NHWC = x_NHWC[..., tile.channels]
-            part_NHWC = part_NHWC[:count].contiguous() if index is None else part_NHWC.index_select(0, index[:count])
+            part_NHWC = shared.get(i) if index is None else None
+            if part_NHWC is None:
+                own_NHWC = x_NHWC[..., tile.channels]
+                part_NHWC = own_NHWC[:count].contiguous() if index is None else own_NHWC.index_select(0, index[:count])
+            if index is None:
+                shared[i] = part_NHWC
             if out_NCHW is None:
                 out_NCHW = conv(part_NHWC.permute(0, 3, 1, 2))
             else:

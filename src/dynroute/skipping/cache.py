@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dynroute.skipping.blocks import Blocks, tiles
-from dynroute.skipping.kernels import CALL, READ
+from dynroute.skipping.kernels import CALL, RATE, READ
 from dynroute.skipping.lowering import Narrowed, Straight, Summed, lower, widened
 from dynroute.units import ConvUnit, Unit
 
@@ -119,15 +119,16 @@ class Programs:
         own, above = sum(key.own), sum(key.above)
         outputs, inputs = sum(unit.sizes[:own]), sum(unit.sizes_in[:above])
         every, width = sum(unit.sizes), sum(unit.sizes_in)
-        calls, weights = len(tiles(unit.sizes[:own])) * len(tiles(unit.sizes_in[:above])), _weights(unit) / READ
-        if calls * CALL + weights * outputs / every * inputs / width < CALL + weights:
+        calls = len(tiles(unit.sizes[:own])) * len(tiles(unit.sizes_in[:above]))
+        full = _weights(unit) * (1 / READ + unit.in_size**2 / 4 / RATE)  # seconds of one image: to read and to multiply
+        if calls * CALL + full * outputs / every * inputs / width < CALL + full:
             blocks = self._cut(key.unit)
             return Narrowed(
                 Straight([lambda x_NCHW: blocks.alike(x_NCHW, own, above)]), slice(0, inputs), every - outputs
             )
-        full = self._piece(key._replace(own=(True,) * len(key.own), above=(True,) * len(key.above)))
-        assert isinstance(full, Narrowed)
-        run = full.body
+        program = self._piece(key._replace(own=(True,) * len(key.own), above=(True,) * len(key.above)))
+        assert isinstance(program, Narrowed)
+        run = program.body
 
         def covered(x_NCHW: Tensor) -> Tensor:
             out_NCHW = run(widened(x_NCHW, width - inputs))[:, :outputs]
